@@ -1,0 +1,555 @@
+"""The configuration: frozen dataclasses, read from YAML and ``key=value`` overrides, checked before anything runs.
+
+A recipe under ``configs/`` gives the sections ``model``, ``skip``, ``data``, ``augment``, ``optim`` and ``train``;
+what it leaves out has the default written here. Each field is read where it is used, by its own name.
+Nothing here imports MindSpore, so that a mistake is told before the slow part starts.
+"""
+
+import dataclasses
+import difflib
+import math
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import yaml
+
+SCORES = ("cls_attention",)
+SKIPPED = ("rejoin", "drop")
+GELUS = ("exact", "tanh", "sigmoid")
+PRECISIONS = ("auto", "fp32", "fp16")
+CROPS = ("random_resized", "shift", "none")
+
+# Width, depth, heads of each model size (DeiT, table 1; timm's vit_{tiny,small,base}_patch16_224).
+SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12)}
+MODEL_NAMES = tuple(f"{kind}_{size}_patch16_224" for kind in ("vit", "skipvit") for size in SIZES)
+
+# Part of no run's identity: a resume may give these another value, because the weights do not depend on them.
+# (The data's folders are compared by what they hold, the rank's batch size by the global batch, see checkpoint.py.)
+FREE_ON_RESUME = frozenset(
+    {
+        "data.train",
+        "data.val",
+        "data.masks",
+        "data.batch_size",
+        "data.global_batch_size",
+        "data.num_workers",
+        "data.worker_processes",
+        "data.max_unreadable_share",
+        "train.stop_after_epochs",
+        "train.max_steps",
+        "train.resume",
+        "train.output",
+        "train.sink_steps",
+        "train.validate_every_epochs",
+        "train.log_every_steps",
+        "train.jit_level",
+    }
+)
+MAX_FILE_BYTES = 1 << 20
+
+
+class UserError(Exception):
+    """A mistake the user can mend: one line saying what is wrong, where, and what would be right (exit 2)."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The Vision Transformer. Sizes left out follow from ``name``."""
+
+    name: str = "skipvit_small_patch16_224"
+    num_classes: Optional[int] = None  # None: as many as the training folder has
+    image_size: int = 224  # pixels a side
+    patch_size: int = 16  # pixels a side
+    embed_dim: int = 384
+    depth: int = 12
+    num_heads: int = 6
+    mlp_ratio: float = 4.0
+    dropout: float = 0.0  # share of token values zeroed after the embedding, each projection and each MLP layer
+    drop_path: float = 0.0  # share of samples whose residual branch is left out in the last block; linear from 0
+    gelu: str = "exact"  # exact (erf, as timm), or the cheaper tanh and sigmoid forms
+
+    def __post_init__(self) -> None:
+        _one_of("model.name", self.name, MODEL_NAMES)
+        _one_of("model.gelu", self.gelu, GELUS)
+        for name in ("image_size", "patch_size", "embed_dim", "depth", "num_heads"):
+            _at_least(f"model.{name}", getattr(self, name), 1)
+        if self.num_classes is not None:
+            _at_least("model.num_classes", self.num_classes, 1)
+        for name in ("dropout", "drop_path"):
+            _within(f"model.{name}", getattr(self, name), 0.0, 1.0, "[0, 1)")
+        if self.mlp_ratio <= 0 or self.mlp_ratio * self.embed_dim < 1:
+            raise UserError(f"model.mlp_ratio: {self.mlp_ratio} leaves the MLP no width; 4.0 is usual")
+        if self.image_size % self.patch_size:
+            raise UserError(
+                f"model.image_size: {self.image_size} is not a multiple of model.patch_size {self.patch_size}; "
+                f"{self.image_size // self.patch_size * self.patch_size or self.patch_size} would be"
+            )
+        if self.embed_dim % self.num_heads:
+            raise UserError(
+                f"model.num_heads: {self.num_heads} heads do not divide model.embed_dim {self.embed_dim}; "
+                f"{_nearest_divisor(self.embed_dim, self.num_heads)} would"
+            )
+
+    @property
+    def num_patches(self) -> int:
+        """Patch tokens an image, N."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def mlp_dim(self) -> int:
+        """Width of the MLP's hidden layer."""
+        return int(self.embed_dim * self.mlp_ratio)
+
+
+@dataclass(frozen=True)
+class SkipConfig:
+    """One span of blocks that only the kept tokens pass: ``start .. end-1`` (SkipViT, section 3; DESIGN 1)."""
+
+    start: int = 3  # first block of the span; the CLS attention of block start-1 scores
+    end: int = 11  # first block after the span; equal to the depth: rejoin before the final norm
+    keep_ratio: float = 0.45  # share of the patch tokens that is kept
+    align: int = 1  # the kept length is rounded up to a multiple of this (16 on Ascend's cube unit)
+    score: str = "cls_attention"
+    skipped: str = "rejoin"  # what becomes of the skipped tokens
+
+    def __post_init__(self) -> None:
+        _one_of("skip.score", self.score, SCORES)
+        _one_of("skip.skipped", self.skipped, SKIPPED)
+        _at_least("skip.align", self.align, 1)
+        _at_least(
+            "skip.start",
+            self.start,
+            1,
+            "block start-1 scores the tokens, so a block must come before the span",
+        )
+        if not 0 < self.keep_ratio <= 1:
+            raise UserError(f"skip.keep_ratio: {self.keep_ratio} is outside (0, 1]; the paper keeps 0.45")
+        if self.start >= self.end:
+            raise UserError(
+                f"skip.start: {self.start} is not below skip.end {self.end}; the span start .. end-1 holds no block"
+            )
+
+    def kept_count(self, num_patches: int) -> int:
+        """K, the patch tokens kept of ``num_patches`` (DESIGN 1.4): from the configuration alone, hence static."""
+        count = max(1, math.floor(self.keep_ratio * num_patches + 0.5))
+        if self.align > 1:
+            length = -(-(1 + count) // self.align) * self.align
+            count = min(length, num_patches + 1) - 1
+        return count
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Image folders (``<class>/<image>``) and how they are read."""
+
+    train: str = "clutter"  # a folder, or `clutter`: the embedded data set, generated on first use
+    val: Optional[str] = None  # None with `clutter`: its own
+    masks: Optional[str] = None  # folder parallel to val with the object's mask an image; `clutter` has its own
+    batch_size: int = 64  # images a rank and step
+    global_batch_size: Optional[int] = None  # images a step over all ranks; given instead of batch_size
+    num_workers: int = 2
+    worker_processes: bool = False  # workers as processes instead of threads
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of each channel, images in 0..1 (ImageNet's)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    val_crop_ratio: float = 0.875  # share of the resized image's side that the central crop takes
+    interpolation: str = "bicubic"
+    max_unreadable_share: float = 0.01  # training stops when more of the images than this cannot be read
+
+    def __post_init__(self) -> None:
+        _at_least("data.batch_size", self.batch_size, 1)
+        _at_least("data.num_workers", self.num_workers, 1)
+        _one_of("data.interpolation", self.interpolation, ("bilinear", "bicubic"))
+        _within("data.max_unreadable_share", self.max_unreadable_share, 0.0, 1.0, "[0, 1]")
+        if self.global_batch_size is not None:
+            _at_least("data.global_batch_size", self.global_batch_size, 1)
+        if not 0 < self.val_crop_ratio <= 1:
+            raise UserError(f"data.val_crop_ratio: {self.val_crop_ratio} is outside (0, 1]; 0.875 is usual")
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) != 3:
+                raise UserError(f"data.{name}: give three numbers, one for each of red, green, blue")
+        if min(self.std) <= 0:
+            raise UserError(f"data.std: {list(self.std)} has a value that is not above 0")
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """What is done to training images. Off by default; the recipes switch it on."""
+
+    crop: str = "random_resized"  # random_resized (ImageNet), shift (pad and crop, CIFAR), none (resize)
+    crop_scale: tuple[float, ...] = (0.08, 1.0)  # share of the image's area that a random crop takes
+    crop_ratio: tuple[float, ...] = (0.75, 4.0 / 3.0)  # its width over its height
+    shift_pixels: int = 4  # how far `shift` moves the image at most
+    horizontal_flip: float = 0.5  # probability
+    rand_augment_magnitude: float = 0.0  # 0 to 10; 0: off (DeiT: 9)
+    rand_augment_std: float = 0.5  # of the magnitude
+    rand_augment_layers: int = 2  # operations an image
+    erase: float = 0.0  # probability of random erasing
+    mixup: float = 0.0  # alpha of mixup's beta distribution; 0: off
+    cutmix: float = 0.0  # alpha of cutmix's; 0: off
+    mix_probability: float = 1.0  # that a batch is mixed at all, where mixup or cutmix is on
+    label_smoothing: float = 0.0
+    repeats: int = 1  # repeated augmentation: an image's appearances in a batch sequence (DeiT: 3); 1: off
+
+    def __post_init__(self) -> None:
+        _one_of("augment.crop", self.crop, CROPS)
+        _at_least("augment.repeats", self.repeats, 1)
+        _at_least("augment.shift_pixels", self.shift_pixels, 0)
+        _at_least("augment.rand_augment_layers", self.rand_augment_layers, 1)
+        _within("augment.rand_augment_magnitude", self.rand_augment_magnitude, 0.0, 10.0, "[0, 10]")
+        for name in ("horizontal_flip", "erase", "mix_probability"):
+            _within(f"augment.{name}", getattr(self, name), 0.0, 1.0, "[0, 1]")
+        _within("augment.label_smoothing", self.label_smoothing, 0.0, 1.0, "[0, 1)")
+        for name in ("mixup", "cutmix", "rand_augment_std"):
+            _at_least(f"augment.{name}", getattr(self, name), 0.0)
+        for name in ("crop_scale", "crop_ratio"):
+            low_high = getattr(self, name)
+            if len(low_high) != 2 or not 0 < low_high[0] <= low_high[1]:
+                raise UserError(f"augment.{name}: {list(low_high)} is not [low, high] with 0 < low <= high")
+        if self.crop_scale[1] > 1:
+            raise UserError(f"augment.crop_scale: {list(self.crop_scale)} is more than the whole image, 1.0")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, its schedule, clipping, accumulation and the moving average of the weights."""
+
+    learning_rate: float = 1e-3  # at the peak
+    reference_batch_size: Optional[int] = None  # given: the rate is scaled by (images an update) / this
+    warmup_epochs: float = 5.0
+    warmup_learning_rate: float = 1e-6  # at step 0
+    min_learning_rate: float = 1e-5  # at the end of the cosine
+    weight_decay: float = 0.05  # not on norms, biases, CLS token and position embedding
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    clip_norm: Optional[float] = None  # largest global norm of the gradient; None: no clipping
+    accumulate_steps: int = 1  # steps whose gradients one update averages
+    ema_decay: float = 0.0  # of the moving average of the weights; 0: none is kept
+
+    def __post_init__(self) -> None:
+        for name in (
+            "learning_rate",
+            "warmup_learning_rate",
+            "min_learning_rate",
+            "weight_decay",
+            "warmup_epochs",
+        ):
+            _at_least(f"optim.{name}", getattr(self, name), 0.0)
+        for name in ("beta1", "beta2", "ema_decay"):
+            _within(f"optim.{name}", getattr(self, name), 0.0, 1.0, "[0, 1)")
+        _at_least("optim.accumulate_steps", self.accumulate_steps, 1)
+        if self.epsilon <= 0:
+            raise UserError(f"optim.epsilon: {self.epsilon} is not above 0; 1e-8 is usual")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise UserError(f"optim.clip_norm: {self.clip_norm} is not above 0; leave it out to switch clipping off")
+        if self.reference_batch_size is not None:
+            _at_least("optim.reference_batch_size", self.reference_batch_size, 1)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The run: how long, from what seed, in what precision, into which folder."""
+
+    epochs: int = 300  # the schedule spans them
+    stop_after_epochs: Optional[int] = None  # stop earlier, schedule unchanged
+    max_steps: Optional[int] = None  # the same in steps
+    seed: int = 0
+    precision: str = "auto"  # fp32, fp16 with dynamic loss scaling; auto: fp16 on Ascend, fp32 on CPU
+    output: str = "runs/default"  # the run's folder
+    resume: str = "no"  # auto: go on from `last` where there is one; no: refuse a folder that has one
+    validate_every_epochs: int = 1  # and always at the end
+    log_every_steps: int = 50
+    sink_steps: Optional[int] = None  # steps between two looks at the device; None: 100 on Ascend, 1 on CPU
+    jit_level: Optional[str] = None  # O0, O1, O2; None: the release's own choice
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "validate_every_epochs", "log_every_steps"):
+            _at_least(f"train.{name}", getattr(self, name), 1)
+        for name in ("stop_after_epochs", "max_steps", "sink_steps"):
+            if getattr(self, name) is not None:
+                _at_least(f"train.{name}", getattr(self, name), 1)
+        _within("train.seed", self.seed, 0, 2**31 - 1, "[0, 2147483647]")
+        _one_of("train.precision", self.precision, PRECISIONS)
+        _one_of("train.resume", self.resume, ("no", "auto"))
+        if self.jit_level is not None:
+            _one_of("train.jit_level", self.jit_level, ("O0", "O1", "O2"))
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole recipe. ``skip`` holds the spans in order; none is the plain ViT."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    skip: tuple[SkipConfig, ...] = field(default_factory=lambda: (SkipConfig(),))
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        check_spans(self.skip, self.model.depth)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists and scalars, from which `from_dict` makes an equal Config."""
+        plain = {name: _plain(getattr(self, name)) for name in ("model", "data", "augment", "optim", "train")}
+        plain["skip"] = [_plain(span) for span in self.skip] or None
+        return {section: plain[section] for section in ("model", "skip", "data", "augment", "optim", "train")}
+
+    def to_yaml(self) -> str:
+        """The resolved recipe as a run's folder keeps it."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    def identity(self) -> dict[str, Any]:
+        """``key -> value`` of what a resumed run must share with the one it goes on from."""
+        return {key: value for key, value in flatten(self.to_dict()).items() if key not in FREE_ON_RESUME}
+
+    def replace(self, **sections: Any) -> "Config":
+        """A copy with whole sections replaced."""
+        return dataclasses.replace(self, **sections)
+
+
+def load(path: Union[str, Path], overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML recipe and apply ``key=value`` overrides.
+
+    Raises:
+        UserError: the file cannot be read or is no mapping, a key is unknown, or a value is out of bounds.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder; give a recipe such as configs/cifar10/skipvit.yaml")
+        with open(path, "rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a recipe from configs/") from None
+    if len(content) > MAX_FILE_BYTES:
+        raise UserError(f"{path}: larger than {MAX_FILE_BYTES} bytes, which no recipe is")
+    try:
+        raw = yaml.safe_load(content)
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: holds no sections; a recipe begins with lines such as `model:`")
+    for override in overrides:
+        _apply_override(raw, override)
+    return from_dict(raw)
+
+
+def from_dict(raw: Mapping[str, Any]) -> Config:
+    """Build a Config from plain data. A ``skip`` left out takes the recipe's of a ``skipvit_*`` name."""
+    sections = [item.name for item in dataclasses.fields(Config)]
+    for key in raw:
+        if key not in sections:
+            raise UserError(_unknown(str(key), sections + _all_keys()))
+    model = model_config(**_section(raw, "model"))
+    return Config(
+        model=model,
+        skip=skip_spans(raw["skip"]) if "skip" in raw else default_skip(model),
+        data=_build(DataConfig, _section(raw, "data"), "data"),
+        augment=_build(AugmentConfig, _section(raw, "augment"), "augment"),
+        optim=_build(OptimConfig, _section(raw, "optim"), "optim"),
+        train=_build(TrainConfig, _section(raw, "train"), "train"),
+    )
+
+
+def model_config(name: str = ModelConfig.name, **overrides: Any) -> ModelConfig:
+    """The configuration of a named model, sizes not overridden following from the name.
+
+    Raises:
+        UserError: an unknown name or key, or sizes that contradict each other.
+    """
+    _one_of("model.name", name, MODEL_NAMES)
+    embed_dim, depth, num_heads = SIZES[name.split("_")[1]]
+    sizes = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
+    return _build(ModelConfig, {"name": name, **sizes, **overrides}, "model")
+
+
+def default_skip(model: ModelConfig) -> tuple[SkipConfig, ...]:
+    """The recipe's span for a ``skipvit_*`` name at its usual depth; none for ``vit_*``."""
+    if not model.name.startswith("skipvit_"):
+        return ()
+    default = SkipConfig()
+    if default.end > model.depth:
+        raise UserError(f"skip: the default ends at block {default.end}, the model has {model.depth}; give skip.end")
+    return (default,)
+
+
+def skip_spans(skip: Any) -> tuple[SkipConfig, ...]:
+    """Spans from None (no skipping), one mapping or SkipConfig, or a list of them."""
+    if skip is None:
+        return ()
+    if isinstance(skip, SkipConfig):
+        return (skip,)
+    if isinstance(skip, Mapping):
+        return (_build(SkipConfig, skip, "skip"),)
+    if isinstance(skip, (list, tuple)):
+        return tuple(
+            item if isinstance(item, SkipConfig) else _build(SkipConfig, item, f"skip.{index}")
+            for index, item in enumerate(skip)
+        )
+    raise UserError(f"skip: {skip!r} is neither null nor a span; give start, end and keep_ratio")
+
+
+def check_spans(spans: Sequence[SkipConfig], depth: int) -> None:
+    """Refuse spans beyond the model, out of order, or touching (the block between two spans scores the second)."""
+    for index, span in enumerate(spans):
+        where = "skip" if len(spans) == 1 else f"skip.{index}"
+        if span.end > depth:
+            raise UserError(f"{where}.end: {span.end} is beyond the model's {depth} blocks; at most {depth}")
+        if index and span.start <= spans[index - 1].end:
+            raise UserError(
+                f"{where}.start: {span.start} does not lie beyond the span before, which ends at "
+                f"{spans[index - 1].end}; at least {spans[index - 1].end + 1}, so that a block on all tokens scores"
+            )
+        if index and spans[index - 1].skipped != "rejoin":
+            raise UserError(
+                f"{where}: tokens that a span drops cannot be chosen from again; use skipped: rejoin before"
+            )
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``; lists of mappings by their index."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        elif isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+            flat.update(flatten({str(index): item for index, item in enumerate(value)}, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"{override}: not of the form key=value, such as train.epochs=10")
+    try:
+        value = yaml.safe_load(text) if text else None
+    except (yaml.YAMLError, ValueError, RecursionError):
+        # A path or name that is not YAML is meant as written.
+        value = text
+    *parents, last = key.split(".")
+    node: Any = raw
+    for depth, part in enumerate(parents):
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                raise UserError(f"{override}: {'.'.join(parents[:depth])} has no item {part}; there are {len(node)}")
+            node = node[int(part)]
+            continue
+        if not isinstance(node, dict):
+            raise UserError(f"{override}: {'.'.join(parents[:depth])} is no section")
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
+    if isinstance(node, list) and parents == ["skip"] and not last.isdigit():
+        raise UserError(f"{override}: skip is a list of {len(node)} spans; say which, as in skip.0.{last}=")
+    if not isinstance(node, dict):
+        raise UserError(f"{override}: {'.'.join(parents)} is no section")
+    node[last] = value
+
+
+def _section(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
+    section = raw.get(name)
+    if section is None:
+        return {}
+    if not isinstance(section, Mapping):
+        raise UserError(f"{name}: {section!r} is no section; give keys such as {_keys_of(name)[0]}")
+    return dict(section)
+
+
+def _build(cls: Any, mapping: Any, where: str) -> Any:
+    if not isinstance(mapping, Mapping):
+        raise UserError(f"{where}: {mapping!r} is no section with keys")
+    hints = typing.get_type_hints(cls)
+    for key in mapping:
+        if key not in hints:
+            raise UserError(_unknown(f"{where}.{key}", _all_keys()))
+    return cls(**{key: _convert(value, hints[key], f"{where}.{key}") for key, value in mapping.items()})
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    """The value as the field's type; numbers are accepted as YAML 1.1 mis-reads them (`1e-3` is a string there)."""
+    optional = typing.get_origin(hint) is Union
+    if optional:
+        if value is None:
+            return None
+        hint = next(item for item in typing.get_args(hint) if item is not type(None))
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise UserError(f"{where}: {value!r} is not a list of numbers")
+        return tuple(_convert(item, float, where) for item in value)
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint is int and not isinstance(value, bool):
+        if isinstance(value, int):
+            return value
+        if isinstance(value, float) and value.is_integer():
+            return int(value)
+    if hint is float and not isinstance(value, bool) and isinstance(value, (int, float, str)):
+        try:
+            number = float(value)
+        except (ValueError, OverflowError):
+            number = math.nan
+        if math.isfinite(number):
+            return number
+    if hint is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        if "\0" not in str(value):
+            return str(value)
+    expected = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[hint]
+    raise UserError(f"{where}: {value!r} is not {expected}{' or null' if optional else ''}")
+
+
+def _plain(section: Any) -> dict[str, Any]:
+    return {
+        key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(section).items()
+    }
+
+
+def _keys_of(section: str) -> list[str]:
+    cls = {
+        "model": ModelConfig,
+        "skip": SkipConfig,
+        "data": DataConfig,
+        "augment": AugmentConfig,
+        "optim": OptimConfig,
+        "train": TrainConfig,
+    }[section]
+    return [f"{section}.{item.name}" for item in dataclasses.fields(cls)]
+
+
+def _all_keys() -> list[str]:
+    return [key for item in dataclasses.fields(Config) for key in _keys_of(item.name)]
+
+
+def _unknown(key: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+    last = difflib.get_close_matches(key.split(".")[-1], [item.split(".")[-1] for item in known], n=1, cutoff=0.8)
+    same_last = [item for item in known if last and item.split(".")[-1] == last[0]]
+    return f"{key}: unknown key; the nearest known one is {(same_last or near)[0]}"
+
+
+def _one_of(where: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.0)
+        hint = f"the nearest is {near[0]}; " if near else ""
+        raise UserError(f"{where}: {value!r} is unknown; {hint}known are {', '.join(choices)}")
+
+
+def _at_least(where: str, value: float, least: float, why: str = "") -> None:
+    if value < least:
+        raise UserError(f"{where}: {value} is below {least}" + (f"; {why}" if why else f"; give {least} or more"))
+
+
+def _within(where: str, value: float, low: float, high: float, bounds: str) -> None:
+    if not (low <= value < high or (value == high and bounds.endswith("]"))):
+        raise UserError(f"{where}: {value} is outside {bounds}")
+
+
+def _nearest_divisor(number: int, wanted: int) -> int:
+    return min((item for item in range(1, number + 1) if number % item == 0), key=lambda item: abs(item - wanted))

@@ -1,0 +1,164 @@
+"""Top-1 and Top-5 of a checkpoint over an image folder, every image counted once.
+
+Example: ``python -m skipvit.evaluate runs/cifar10/best.ckpt --data cifar10/test``
+"""
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence
+
+import numpy as np
+from mindspore import nn
+
+from skipvit import checkpoint, runtime
+from skipvit.config import Config, UserError
+from skipvit.data import EvalBatches, ImageFolder, mask_path, object_patches, to_dataset
+from skipvit.log import run_command
+from skipvit.model import VisionTransformer
+from skipvit.step import Normalize
+
+
+class Classify(nn.Cell):
+    """Bytes to logits, and the patches that each span kept."""
+
+    def __init__(self, net: VisionTransformer, config: Config):
+        super().__init__(auto_prefix=False)
+        self.net, self.normalize = net, Normalize(config.data.mean, config.data.std)
+
+    def construct(self, images):
+        """``(B, 3, S, S)`` uint8 to logits ``(B, C)`` and, for each span, patch indices ``(B, K)``."""
+        results = self.net.run(self.normalize(images))
+        return (self.net.classify(results[0]),) + results[2:]  # noqa: RUF005 - MindSpore 2.0.0 parses no starred tuple
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an evaluation found. Shares are of 1, top1 and top5 in percent."""
+
+    top1: float
+    top5: float
+    images: int
+    images_per_second: float
+    unreadable: List[str]
+    object_kept: Optional[float] = None  # share of the object's patches that the first span kept, mean over images
+    random_kept: Optional[float] = None  # what a random choice of as many patches keeps
+
+
+def evaluate(
+    classify: Classify,
+    folder: ImageFolder,
+    config: Config,
+    *,
+    batch_size: int,
+    classes: Sequence[str],
+    masks: Optional[Path] = None,
+    rank: int = 0,
+    ranks: int = 1,
+    skip_unreadable: bool = False,
+) -> Result:
+    """Classify every image of ``folder``; all ranks together count each exactly once.
+
+    Args:
+        classify: the model.
+        folder: images whose classes are among ``classes``.
+        config: geometry of the images.
+        batch_size: a rank's; the last batch is padded and the padding not counted.
+        classes: the model's, in the order of its logits.
+        masks: folder with each image's object mask, for the share of the object that was kept.
+        rank: this process.
+        ranks: of so many.
+        skip_unreadable: leave unreadable images out (they are named in the result) instead of raising.
+
+    Raises:
+        UserError: a class that the model does not know, or an unreadable image.
+    """
+    unknown = sorted(set(folder.classes) - set(classes))
+    if unknown:
+        raise UserError(f"{folder.root}: class {unknown[0]} is none of the model's {len(classes)}: {', '.join(classes[:5])} …")
+    label_of = np.array([list(classes).index(name) for name in folder.classes])
+    source = EvalBatches(
+        folder, config, batch_size=batch_size, rank=rank, ranks=ranks, skip_unreadable=skip_unreadable
+    )
+    top1 = top5 = images = 0
+    kept_shares: List[float] = []
+    kept_count = 0
+    unreadable: List[str] = []
+    started = time.perf_counter()
+    for index, (batch, labels, valid) in enumerate(to_dataset(source).create_tuple_iterator(num_epochs=1)):
+        outputs = classify(batch)
+        unreadable += source.check(index, labels.asnumpy())
+        valid = valid.asnumpy().astype(bool)
+        logits = outputs[0].asnumpy()[valid]
+        wanted = label_of[labels.asnumpy()[valid]]
+        best = np.argsort(-logits, axis=1, kind="stable")[:, :5]
+        top1 += int((best[:, 0] == wanted).sum())
+        top5 += int((best == wanted[:, None]).any(1).sum())
+        images += int(valid.sum())
+        if masks is not None and len(outputs) > 1:
+            kept = outputs[1].asnumpy()[valid]
+            kept_count = kept.shape[1]
+            for sample, places in zip(source.samples(index)[valid], kept):
+                covered = object_patches(mask_path(masks, folder.names[sample]), config)
+                if covered.sum() > 0:
+                    kept_shares.append(float(covered[places].sum() / covered.sum()))
+    seconds = time.perf_counter() - started
+    counts = runtime.sum_over_ranks(np.array([top1, top5, images, sum(kept_shares), len(kept_shares)]), ranks)
+    top1, top5, images, kept_sum, with_object = counts
+    if images == 0:
+        raise UserError(f"{folder.root}: none of its images can be read")
+    return Result(
+        top1=round(100.0 * top1 / images, 4),
+        top5=round(100.0 * top5 / images, 4),
+        images=int(images),
+        images_per_second=round(images / seconds, 1),
+        unreadable=unreadable,
+        object_kept=round(kept_sum / with_object, 4) if with_object else None,
+        random_kept=round(kept_count / config.model.num_patches, 4) if with_object else None,
+    )
+
+
+def summary(result: Result) -> Dict[str, Any]:
+    """The result as the JSON line has it: what was not measured is left out."""
+    plain = asdict(result)
+    plain["unreadable"] = len(result.unreadable)
+    return {key: value for key, value in plain.items() if value is not None and (value or key != "unreadable")}
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """The command; see ``--help``."""
+    parser = argparse.ArgumentParser(prog="python -m skipvit.evaluate", description=__doc__)
+    parser.add_argument("checkpoint", type=Path, help="a run's last.ckpt or best.ckpt")
+    parser.add_argument("--data", type=Path, required=True, help="folder of <class>/<image>")
+    parser.add_argument("--no-skip", action="store_true", help="the same weights on all tokens in every block")
+    parser.add_argument("--batch-size", type=int, default=64, help="images at once (default 64)")
+    parser.add_argument("--masks", type=Path, help="folder parallel to --data with object masks, as clutter has")
+    parser.add_argument("--skip-unreadable", action="store_true", help="leave unreadable images out, and name them")
+    arguments = parser.parse_args(argv)
+    if arguments.batch_size < 1:
+        raise UserError(f"--batch-size: {arguments.batch_size} is below 1; give 1 or more")
+
+    runtime.start()
+    saved = checkpoint.load(arguments.checkpoint)
+    folder = ImageFolder(arguments.data, "--data")
+    classify = Classify(checkpoint.build_model(saved, skip=not arguments.no_skip), saved.config)
+    result = evaluate(
+        classify,
+        folder,
+        saved.config,
+        batch_size=min(arguments.batch_size, len(folder)),
+        classes=saved.meta["classes"],
+        masks=arguments.masks,
+        skip_unreadable=arguments.skip_unreadable,
+    )
+    for path in result.unreadable:
+        print(f"left out, cannot be read: {path}")
+    print(f"Top-1 {result.top1:.2f}%  Top-5 {result.top5:.2f}%  of {result.images} images in {folder.root}")
+    print(json.dumps(summary(result)))
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

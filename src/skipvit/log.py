@@ -1,0 +1,146 @@
+"""What a run says: the terminal, its log file, its metrics, and how a command ends."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any, Callable, Dict, Optional, Sequence
+
+from tqdm import tqdm
+
+from skipvit.config import UserError
+
+_log_file: Optional[Path] = None
+
+
+class RunFailed(Exception):
+    """A run that cannot go on through no fault of its input (exit 1): what happened, and what may help."""
+
+
+def run_command(main: Callable[[Optional[Sequence[str]]], Any], argv: Optional[Sequence[str]] = None) -> int:
+    """Run a command's ``main``; the exit code: 2 and one line on standard error for a user's mistake.
+
+    The traceback of a mistake goes to the run's log, where a run had begun.
+    """
+    try:
+        code = main(argv)
+        return 0 if code is None else code
+    except UserError as error:
+        if _log_file is not None:
+            _append(_log_file, traceback.format_exc())
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 2
+    except RunFailed as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        # The reader of our output (`| head`) has gone; nothing is wrong here.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except BaseException:
+        if _log_file is not None:
+            _append(_log_file, traceback.format_exc())
+        raise
+
+
+def one_line(message: Any) -> str:
+    """A message with line breaks and the like folded to blanks, so that it stays one line whatever a name holds."""
+    return " ".join(str(message).split())
+
+
+class RunLog:
+    """The messages of a run, on the terminal and in ``train.log``, and its ``metrics.jsonl``.
+
+    Args:
+        folder: the run's; None writes nothing (ranks other than 0).
+        step: resumed from here: metrics of later steps, which will come again, are taken out.
+    """
+
+    def __init__(self, folder: Optional[Path], step: int = 0):
+        global _log_file
+        self.folder = folder
+        if folder is not None:
+            _log_file = folder / "train.log"
+            _drop_metrics_after(folder / "metrics.jsonl", step)
+
+    def say(self, message: str) -> None:
+        """One line for people."""
+        if self.folder is not None:
+            tqdm.write(message, file=sys.stdout)
+            sys.stdout.flush()
+            _append(self.folder / "train.log", f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
+
+    def metrics(self, record: Dict[str, Any]) -> None:
+        """One line for programs."""
+        if self.folder is not None:
+            _append(self.folder / "metrics.jsonl", json.dumps(record) + "\n")
+
+
+class Progress:
+    """A bar with loss, learning rate, images/s and time left; without a terminal, a line now and then.
+
+    Args:
+        log: where the lines go.
+        total: steps of the whole run.
+        done: steps already taken by the run that this one goes on from.
+        every: steps between two lines.
+    """
+
+    def __init__(self, log: RunLog, total: int, done: int, every: int):
+        self.log, self.every, self.total = log, every, total
+        terminal = log.folder is not None and sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=done, unit="step", disable=not terminal, dynamic_ncols=True)
+        self.shown = done
+
+    def update(self, step: int, epoch: int, loss: float, rate: float, images_per_second: float) -> None:
+        """After ``step`` steps."""
+        self.bar.set_description(f"epoch {epoch + 1}")
+        self.bar.set_postfix_str(f"loss {loss:.3f}, lr {rate:.2e}, {images_per_second:.0f} images/s")
+        self.bar.update(step - self.bar.n)
+        if self.bar.disable and step // self.every > self.shown // self.every:
+            self.log.say(
+                f"step {step}/{self.total} epoch {epoch + 1}: loss {loss:.4f}, learning rate {rate:.3e}, "
+                f"{images_per_second:.1f} images/s"
+            )
+        self.shown = step
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        self.bar.close()
+
+
+def git_commit() -> Optional[str]:
+    """The commit of the source this runs from, with ``-dirty`` behind it where it was changed; None outside git."""
+    try:
+        described = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return described.stdout.strip() or None
+
+
+def _append(path: Path, text: str) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(text)
+
+
+def _drop_metrics_after(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue  # the half line of a killed run
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    os.replace(temporary, path)

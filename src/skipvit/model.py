@@ -1,0 +1,371 @@
+"""The Vision Transformer with and without the skip path.
+
+Parameters bear timm's names (``blocks.0.attn.qkv.weight`` ...), so weights map one to one; the skip path adds none.
+``B`` images, ``N`` patches, ``T`` tokens present, ``D`` width, ``H`` heads of ``d = D / H``, ``C`` classes.
+"""
+
+import math
+
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore import dtype as mstype
+
+from skipvit import tokens as token_path
+from skipvit.config import ModelConfig, check_spans, default_skip, model_config, skip_spans
+from skipvit.runtime import sort_dtype
+
+
+class Linear(nn.Cell):
+    """``x @ weight.T + bias`` over the last axis: ``(B, T, I)`` to ``(B, T, O)`` in ``dtype``.
+
+    Two-dimensional MatMul is what both the cube unit and the CPU's library do best.
+    """
+
+    def __init__(self, in_dim, out_dim, dtype):
+        super().__init__()
+        self.weight = Parameter(Tensor(np.zeros((out_dim, in_dim), np.float32)))
+        self.bias = Parameter(Tensor(np.zeros(out_dim, np.float32)))
+        self.in_dim, self.out_dim, self.dtype = in_dim, out_dim, dtype
+        self.matmul = ops.MatMul(transpose_b=True)
+        self.bias_add = ops.BiasAdd()
+
+    def construct(self, x):
+        """See the class."""
+        rows = x.reshape(-1, self.in_dim).astype(self.dtype)
+        y = self.bias_add(self.matmul(rows, self.weight.astype(self.dtype)), self.bias.astype(self.dtype))
+        return y.reshape(x.shape[:-1] + (self.out_dim,))
+
+
+class LayerNorm(nn.Cell):
+    """Layer norm over the last axis, in float32 whatever the precision (eps 1e-6, as timm's ViT)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.weight = Parameter(Tensor(np.ones(dim, np.float32)))
+        self.bias = Parameter(Tensor(np.zeros(dim, np.float32)))
+        self.normalize = ops.LayerNorm(begin_norm_axis=-1, begin_params_axis=-1, epsilon=1e-6)
+
+    def construct(self, x):
+        """``(..., D)`` to ``(..., D)``."""
+        return self.normalize(x, self.weight, self.bias)[0]
+
+
+class Gelu(nn.Cell):
+    """GELU (arXiv 1606.08415): exact, or one of its two approximations."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.form = form
+
+    def construct(self, x):
+        """Elementwise."""
+        if self.form == "sigmoid":
+            return x * ops.sigmoid(1.702 * x)
+        if self.form == "tanh":
+            return 0.5 * x * (1.0 + ops.tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+        return 0.5 * x * (1.0 + ops.erf(x * 0.7071067811865476))
+
+
+def dropout(x, rate, seed):
+    """Zero a share ``rate`` of ``x (B, T, D)`` and scale up the rest, by a hash of (place, seed).
+
+    A dropout kernel's state can be neither read nor set, so a resumed run would draw otherwise (DESIGN 5). Here the
+    place in the tensor and the seed, an input of the graph, are hashed in float32 by multiply, add and floor alone,
+    which every device has (the "hash without sine" family).
+    """
+    B, T, D = x.shape
+    row = Tensor((np.arange(B * T, dtype=np.float64) * 0.1031 % 1.0).astype(np.float32)[:, None])
+    column = Tensor((np.arange(D, dtype=np.float64) * 0.11369 % 1.0).astype(np.float32)[None, :])
+    mixed = row * (seed + 33.33) + column * (column + 33.33) + seed * (row + 33.33)  # (B*T, D)
+    hashed = (row + column + 2.0 * mixed) * (seed + mixed)
+    kept = ((hashed - ops.floor(hashed)) >= rate).astype(x.dtype) * (1.0 / (1.0 - rate))
+    return x * kept.reshape(B, T, D)
+
+
+class Attention(nn.Cell):
+    """Multi-head self-attention; also gives query and key, from which tokens are scored."""
+
+    def __init__(self, config: ModelConfig, dtype):
+        super().__init__()
+        D = config.embed_dim
+        self.num_heads, self.head_dim = config.num_heads, D // config.num_heads
+        self.dtype = dtype
+        self.qkv = Linear(D, 3 * D, dtype)
+        self.proj = Linear(D, D, dtype)
+        self.scores = ops.BatchMatMul(transpose_b=True)
+        self.mix = ops.BatchMatMul()
+        self.softmax = ops.Softmax(-1)
+
+    def construct(self, x):
+        """``(B, T, D)`` to output ``(B, T, D)``, query and key ``(B, H, T, d)``."""
+        B, T, D = x.shape
+        query, key, value = ops.split(self.qkv(x), D, -1)
+        heads = (B, T, self.num_heads, self.head_dim)
+        query = query.reshape(heads).transpose(0, 2, 1, 3)
+        key = key.reshape(heads).transpose(0, 2, 1, 3)
+        value = value.reshape(heads).transpose(0, 2, 1, 3)
+        logits = self.scores(query * self.head_dim**-0.5, key)  # (B, H, T, T)
+        attention = self.softmax(logits.astype(mstype.float32)).astype(self.dtype)
+        out = self.mix(attention, value).transpose(0, 2, 1, 3).reshape(B, T, D)
+        return self.proj(out), query, key
+
+
+class Mlp(nn.Cell):
+    """The block's two-layer perceptron, ``(B, T, D)`` to ``(B, T, D)``."""
+
+    def __init__(self, config: ModelConfig, dtype):
+        super().__init__()
+        self.fc1 = Linear(config.embed_dim, config.mlp_dim, dtype)
+        self.act = Gelu(config.gelu)
+        self.fc2 = Linear(config.mlp_dim, config.embed_dim, dtype)
+        self.dropout = config.dropout
+
+    def construct(self, x, seed=None):
+        """``seed`` is given in training with dropout."""
+        hidden = self.act(self.fc1(x))
+        if seed is not None:
+            hidden = dropout(hidden, self.dropout, seed)
+        return self.fc2(hidden)
+
+
+class Block(nn.Cell):
+    """Pre-norm transformer block; the residual stream stays in float32."""
+
+    def __init__(self, config: ModelConfig, dtype):
+        super().__init__()
+        self.norm1 = LayerNorm(config.embed_dim)
+        self.attn = Attention(config, dtype)
+        self.norm2 = LayerNorm(config.embed_dim)
+        self.mlp = Mlp(config, dtype)
+        self.dropout = config.dropout
+
+    def construct(self, x, branch_factors=None, seeds=None):
+        """One block.
+
+        Args:
+            x: ``(B, T, D)``.
+            branch_factors: drop path's factor of each sample, ``(2, B)`` for attention and MLP; None: 1.
+            seeds: dropout's, ``(3,)``; None: no dropout.
+
+        Returns:
+            ``(B, T, D)``, and the attention's query and key ``(B, H, T, d)``.
+        """
+        branch, query, key = self.attn(self.norm1(x))
+        x = x + self._regularize(branch, branch_factors, seeds, 0)
+        branch = self.mlp(self.norm2(x), None if seeds is None else seeds[2])
+        x = x + self._regularize(branch, branch_factors, seeds, 1)
+        return x, query, key
+
+    def _regularize(self, branch, branch_factors, seeds, which):
+        branch = branch.astype(mstype.float32)
+        if seeds is not None:
+            branch = dropout(branch, self.dropout, seeds[which])
+        if branch_factors is not None:
+            branch = branch * branch_factors[which].reshape(-1, 1, 1)
+        return branch
+
+
+class PatchEmbed(nn.Cell):
+    """Images to patch tokens by reshape and matrix product: the strided convolution's numbers at a fraction of its cost.
+
+    The weight keeps the convolution's shape ``(D, 3, p, p)``, as timm has it.
+    """
+
+    def __init__(self, config: ModelConfig, dtype):
+        super().__init__()
+        self.proj = PatchProjection(config, dtype)
+        self.patch_size = config.patch_size
+        self.grid = config.image_size // config.patch_size
+
+    def construct(self, images):
+        """``(B, 3, S, S)`` to ``(B, N, D)``."""
+        B = images.shape[0]
+        g, p = self.grid, self.patch_size
+        patches = images.reshape(B, 3, g, p, g, p).transpose(0, 2, 4, 1, 3, 5)
+        return self.proj(patches.reshape(B, g * g, 3 * p * p))
+
+
+class PatchProjection(nn.Cell):
+    """The linear map of flattened patches; apart only so that its parameters are called ``patch_embed.proj.*``."""
+
+    def __init__(self, config: ModelConfig, dtype):
+        super().__init__()
+        p, D = config.patch_size, config.embed_dim
+        self.weight = Parameter(Tensor(np.zeros((D, 3, p, p), np.float32)))
+        self.bias = Parameter(Tensor(np.zeros(D, np.float32)))
+        self.dtype, self.dim = dtype, D
+        self.matmul = ops.MatMul(transpose_b=True)
+        self.bias_add = ops.BiasAdd()
+
+    def construct(self, patches):
+        """``(B, N, 3*p*p)`` to ``(B, N, D)``."""
+        B, N, P = patches.shape
+        weight = self.weight.reshape(self.dim, P).astype(self.dtype)
+        rows = patches.reshape(B * N, P).astype(self.dtype)
+        return self.bias_add(self.matmul(rows, weight), self.bias.astype(self.dtype)).reshape(B, N, self.dim)
+
+
+class VisionTransformer(nn.Cell):
+    """ViT whose patch tokens may skip spans of blocks (SkipViT, arXiv 2401.15293; DESIGN 1).
+
+    ``net(images)`` gives logits ``(B, C)`` float32 for normalised images ``(B, 3, S, S)``.
+
+    Args:
+        config: sizes; ``num_classes`` must be known by now.
+        spans: the SkipConfigs, in order; none is the plain ViT, and so is a span that keeps every token.
+        dtype: of the matrix products; softmax, norms and the residual stream stay float32.
+        seed: of the initial weights.
+    """
+
+    def __init__(self, config: ModelConfig, spans=(), dtype=mstype.float32, seed=0):
+        super().__init__()
+        check_spans(spans, config.depth)
+        N, D = config.num_patches, config.embed_dim
+        # Plain numbers, because graph mode reads no dataclasses.
+        spans = tuple(span for span in spans if span.kept_count(N) < N)
+        self.span_bounds = tuple((span.start, span.end) for span in spans)
+        self.rejoins = all(span.skipped == "rejoin" for span in spans)
+        self.depth, self.num_patches = config.depth, N
+        self.dropout, self.sort_dtype = config.dropout, sort_dtype()
+
+        self.cls_token = Parameter(Tensor(np.zeros((1, 1, D), np.float32)))
+        self.pos_embed = Parameter(Tensor(np.zeros((1, 1 + N, D), np.float32)))
+        self.patch_embed = PatchEmbed(config, dtype)
+        self.blocks = nn.CellList([Block(config, dtype) for _ in range(config.depth)])
+        self.splits = nn.CellList([token_path.Split(span.kept_count(N)) for span in spans])
+        self.norm = LayerNorm(D)
+        self.head = Linear(D, config.num_classes, dtype)
+        initialize(self, seed)
+
+    def construct(self, images, drop_path=None, dropout_seeds=None):
+        """Logits.
+
+        Args:
+            images: ``(B, 3, S, S)``, normalised.
+            drop_path: in training, the factor of each residual branch, ``(depth, 2, B)``: 0 or 1 / (1 - rate).
+            dropout_seeds: in training with dropout, ``(1 + depth, 3)`` in [0, 1).
+
+        Returns:
+            ``(B, C)`` float32.
+        """
+        return self.classify(self.run(images, drop_path, dropout_seeds)[0])
+
+    def run(self, images, drop_path=None, dropout_seeds=None):
+        """From images through the last block.
+
+        Returns:
+            A tuple of the tokens ``(B, T, D)``, CLS first, then patches in no particular order; the place ``(B, N)``
+            that each of all patches in this order has in the image; and for each span the places ``(B, K)`` kept.
+        """
+        x = self.embed(images, dropout_seeds)  # (B, 1+N, D)
+        places = ops.zeros((images.shape[0], 1), mstype.int32) + Tensor(np.arange(self.num_patches, dtype=np.int32))
+        kept_places = ()
+        block = 0
+        for index, (start, end) in enumerate(self.span_bounds):
+            # Early blocks, all tokens; the last of them scores.
+            for i in range(block, start - 1):
+                x, _, _ = self.run_block(i, x, drop_path, dropout_seeds)
+            x, query, key = self.run_block(start - 1, x, drop_path, dropout_seeds)
+            order = token_path.rank(token_path.cls_attention(query, key), self.sort_dtype)
+            kept, skipped = self.splits[index](x, order, token_path.inverse(order, self.sort_dtype))
+            places = token_path.gather(ops.expand_dims(places, -1), order)[:, :, 0]
+            kept_places += (places[:, : kept.shape[1] - 1],)
+            # Middle blocks, kept tokens only.
+            for i in range(start, end):
+                kept, _, _ = self.run_block(i, kept, drop_path, dropout_seeds)
+            x = token_path.rejoin(kept, skipped) if self.rejoins else kept
+            block = end
+        # Late blocks.
+        for i in range(block, self.depth):
+            x, _, _ = self.run_block(i, x, drop_path, dropout_seeds)
+        return (x, places) + kept_places  # noqa: RUF005 - MindSpore 2.0.0 parses no starred tuple
+
+    def classify(self, tokens):
+        """Norm and head on the CLS token: ``(B, T, D)`` to ``(B, C)`` float32."""
+        return self.head(self.norm(tokens[:, 0])).astype(mstype.float32)
+
+    def embed(self, images, dropout_seeds=None):
+        """Patches, CLS token in front, position embedding: ``(B, 3, S, S)`` to ``(B, 1+N, D)``."""
+        patches = self.patch_embed(images).astype(mstype.float32)
+        B, _, D = patches.shape
+        x = ops.concat((ops.broadcast_to(self.cls_token, (B, 1, D)), patches), 1) + self.pos_embed
+        if dropout_seeds is not None:
+            x = dropout(x, self.dropout, dropout_seeds[0, 0])
+        return x
+
+    def run_block(self, i, x, drop_path, dropout_seeds):
+        """Block ``i`` with its share of this step's randomness."""
+        branch_factors = None if drop_path is None else drop_path[i]
+        seeds = None if dropout_seeds is None else dropout_seeds[i + 1]
+        return self.blocks[i](x, branch_factors, seeds)
+
+    def forward_features(self, images):
+        """All tokens after the final norm, in image order: ``(B, 3, S, S)`` to ``(B, 1+N, D)``.
+
+        Raises:
+            ValueError: the tokens of a span are dropped or fused, so no full grid exists.
+        """
+        if not self.rejoins:
+            raise ValueError("forward_features: skip.skipped drops tokens, so no full grid exists; use skipped=rejoin")
+        results = self.run(images)
+        tokens, places = self.norm(results[0]), results[1]
+        if not self.span_bounds:
+            return tokens
+        return token_path.image_order(tokens, token_path.inverse(places, self.sort_dtype))
+
+    def kept_tokens(self, images, span=0):
+        """Which patches pass span number ``span``: ``(B, K)`` int32 indices in image order (ascending).
+
+        Raises:
+            ValueError: the model has no such span (or it keeps every token).
+        """
+        if span >= len(self.span_bounds):
+            raise ValueError(f"kept_tokens: the model skips in {len(self.span_bounds)} spans, there is no span {span}")
+        kept_places = self.run(images)[2 + span]
+        return token_path.ascending(kept_places, self.sort_dtype)
+
+
+def initialize(net, seed):
+    """Give ``net`` the initial weights of timm's ViT, each a function of (seed, parameter name) alone.
+
+    Linear weights and position embedding normal with deviation 0.02, CLS token 1e-6, the patch projection uniform as
+    PyTorch's convolution, biases 0, norms 1 and 0.
+    """
+    for name, parameter in net.parameters_and_names():
+        generator = np.random.default_rng([seed, *name.encode()])
+        if name.startswith("patch_embed"):
+            bound = 1 / math.sqrt(np.prod(net.patch_embed.proj.weight.shape[1:]))
+            value = generator.uniform(-bound, bound, parameter.shape)
+        elif name == "cls_token":
+            value = generator.normal(0, 1e-6, parameter.shape)
+        elif name == "pos_embed" or (name.endswith(".weight") and len(parameter.shape) == 2):
+            value = generator.normal(0, 0.02, parameter.shape)
+        else:
+            value = np.full(parameter.shape, 1.0 if name.endswith("weight") else 0.0)
+        parameter.set_data(Tensor(value.astype(np.float32)))
+
+
+def create_model(name, num_classes=1000, skip=None, *, dtype=mstype.float32, seed=0, **overrides):
+    """Build a model by name.
+
+    Args:
+        name: ``vit_{tiny,small,base}_patch16_224`` or ``skipvit_{tiny,small,base}_patch16_224``.
+        num_classes: C.
+        skip: a mapping or SkipConfig, or a list of them; None: a ``skipvit_*`` name takes the recipe's span, a ``vit_*``
+            name none.
+        dtype: of the matrix products, float32 or float16.
+        seed: of the initial weights.
+        **overrides: any key of the section ``model``, such as ``image_size=32, patch_size=4, depth=6``.
+
+    Returns:
+        A `VisionTransformer`, a MindSpore Cell.
+
+    Raises:
+        UserError: an unknown name or key, or values that contradict each other.
+
+    Example:
+        >>> net = create_model("skipvit_small_patch16_224", skip={"start": 3, "end": 11, "keep_ratio": 0.45})
+    """
+    config = model_config(name, num_classes=num_classes, **overrides)
+    spans = default_skip(config) if skip is None else skip_spans(skip)
+    return VisionTransformer(config, spans, dtype, seed)

@@ -1,0 +1,408 @@
+"""Train a model: checkpoint, validate, resume.
+
+Example: ``python -m skipvit.train configs/cifar10/skipvit.yaml data.train=cifar10/train data.val=cifar10/test``
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+
+import numpy as np
+
+from skipvit import checkpoint, runtime
+from skipvit.config import Config, UserError, load
+from skipvit.data import Folders, TrainBatches, UnreadableCount, dropout_seeds, drop_path_factors
+from skipvit.data import resolve_folders, steps_per_epoch, to_dataset
+from skipvit.evaluate import Classify, Result, evaluate, summary
+from skipvit.log import Progress, RunFailed, RunLog, git_commit, run_command
+from skipvit.model import VisionTransformer
+from skipvit.optim import learning_rate
+from skipvit.step import TrainStep
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """The command; see ``--help``."""
+    parser = argparse.ArgumentParser(prog="python -m skipvit.train", description=__doc__)
+    parser.add_argument("config", metavar="CONFIG", help="a recipe, such as configs/clutter/skipvit.yaml")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="override any key, such as train.epochs=10")
+    arguments = parser.parse_args(argv)
+
+    config = load(arguments.config, arguments.overrides)
+    stop = StopSignal()
+    process = runtime.start(config.train.jit_level)
+    folders = resolve_folders(config)
+    config = resolve(config, folders, process)
+    return Trainer(config, folders, process, stop).run()
+
+
+def resolve(config: Config, folders: Folders, process: runtime.Process) -> Config:
+    """Fill in what follows from the data and the device, so that the run's folder says all of it."""
+    model, data, train = config.model, config.data, config.train
+    if model.num_classes is None:
+        model = dataclasses.replace(model, num_classes=len(folders.train.classes))
+    if data.global_batch_size is not None:
+        if data.global_batch_size % process.ranks:
+            raise UserError(
+                f"data.global_batch_size: {data.global_batch_size} does not divide among {process.ranks} ranks"
+            )
+        data = dataclasses.replace(data, batch_size=data.global_batch_size // process.ranks)
+    train = dataclasses.replace(train, precision=runtime.resolve_precision(train.precision))
+    if train.sink_steps is None:
+        train = dataclasses.replace(train, sink_steps=runtime.default_sink_steps())
+    return config.replace(model=model, data=data, train=train)
+
+
+class StopSignal:
+    """SIGTERM and Ctrl-C, taken note of: the run ends after the sink that is running, having written ``last``."""
+
+    def __init__(self) -> None:
+        self.received: Optional[int] = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, _: Any) -> None:
+        if self.received is not None:  # asked twice: at once
+            sys.exit(128 + number)
+        self.received = number
+
+
+class Trainer:
+    """One run, from its folder's state to its last step."""
+
+    def __init__(self, config: Config, folders: Folders, process: runtime.Process, stop: StopSignal):
+        self.config, self.folders, self.process, self.stop = config, folders, process, stop
+        self.folder = Path(config.train.output)
+        self.global_batch = config.data.batch_size * process.ranks
+        self.steps_per_epoch = steps_per_epoch(len(folders.train), self.global_batch)
+        self.total_steps = config.train.epochs * self.steps_per_epoch
+        self.best_top1 = -1.0
+        self.step_count = 0
+        resumed, warnings = self.open_folder()
+
+        net = VisionTransformer(config.model, config.skip, runtime.compute_dtype(config.train.precision), config.train.seed)
+        self.step = TrainStep(net, config, process.ranks)
+        if resumed is not None:
+            checkpoint.restore(self.step.get_parameters(), resumed.arrays, resumed.path)
+            self.step_count, self.best_top1 = resumed.meta["step"], resumed.meta["best_top1"]
+        self.log = RunLog(self.folder if process.rank == 0 else None, self.step_count)
+        self.classify, self.refresh_weights = self.evaluation_model(net)
+
+        for warning in warnings:
+            self.log.say(f"warning: {warning}")
+        parameters = sum(parameter.size for parameter in net.get_parameters())
+        self.log.say(
+            f"{config.model.name}: {parameters:,} parameters, {config.model.num_patches} patch tokens, "
+            + (", ".join(self.describe_span(span) for span in config.skip) or "no tokens skip")
+        )
+        self.log.say(
+            f"{len(folders.train)} training and {len(folders.val)} validation images, {len(folders.train.classes)} "
+            f"classes; {self.steps_per_epoch} steps an epoch of {process.ranks} x {config.data.batch_size} images; "
+            f"MindSpore {runtime.versions()['mindspore']} on {runtime.versions()['device']}, {config.train.precision}"
+        )
+        if resumed is not None:
+            self.log.say(f"going on from {resumed.path}, step {self.step_count}/{self.total_steps}")
+
+    def describe_span(self, span: Any) -> str:
+        """A span in words."""
+        N = self.config.model.num_patches
+        return f"{N - span.kept_count(N)} of them skip blocks {span.start}..{span.end - 1}"
+
+    def open_folder(self) -> Tuple[Optional[checkpoint.Checkpoint], List[str]]:
+        """Make the run's folder, or find what to go on from in it.
+
+        Raises:
+            UserError: it holds a run and ``train.resume=no``, or one of another identity, or cannot be written.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"train.output: {self.folder} cannot be made ({error.strerror}); choose another") from None
+        resumed, warnings = checkpoint.find(self.folder)
+        if resumed is None:
+            if self.process.rank == 0:
+                self.write_description()
+            return None, warnings
+        if self.config.train.resume == "no":
+            raise UserError(
+                f"train.output: {self.folder} already holds a run; train.resume=auto goes on with it, "
+                "or choose another folder"
+            )
+        self.check_identity(resumed)
+        if self.process.rank == 0:
+            self.write_description()
+        return resumed, warnings
+
+    def check_identity(self, resumed: checkpoint.Checkpoint) -> None:
+        """Refuse to go on with a run that another configuration or other data began."""
+        theirs, ours = resumed.config.identity(), self.config.identity()
+        for key in sorted(set(theirs) | set(ours)):
+            if theirs.get(key) != ours.get(key):
+                raise UserError(
+                    f"{key}: {ours.get(key)!r} here, but the run in {self.folder} has {theirs.get(key)!r}; "
+                    "give the same to go on with it, or choose another train.output"
+                )
+        facts = {"global batch": self.global_batch, "training images": self.folders.train.fingerprint()}
+        saved = {"global batch": resumed.meta["global_batch"], "training images": resumed.meta["training_images"]}
+        for name, value in facts.items():
+            if saved[name] != value:
+                raise UserError(
+                    f"{name}: {value} here, but the run in {self.folder} has {saved[name]}; "
+                    "give the same to go on with it, or choose another train.output"
+                )
+
+    def write_description(self) -> None:
+        """The resolved configuration, and what it runs on."""
+        try:
+            (self.folder / "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
+            about = {**runtime.versions(), "git_commit": git_commit(), "ranks": self.process.ranks}
+            (self.folder / "run.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"train.output: {self.folder} cannot be written ({error.strerror}); choose another") from None
+
+    def evaluation_model(self, net: VisionTransformer) -> Tuple[Classify, Callable[[], None]]:
+        """What is validated, and what brings its weights up to date: with EMA a second model with the averages."""
+        config = self.config
+        if not config.optim.ema_decay:
+            return Classify(net, config), lambda: None
+        averaged = VisionTransformer(config.model, config.skip, runtime.compute_dtype(config.train.precision))
+
+        def refresh() -> None:
+            values = {average.name: average.asnumpy() for average in self.step.optimizer.averages}
+            parameters = list(averaged.get_parameters())
+            checkpoint.restore(
+                parameters, {item.name: values[f"ema.{item.name}"] for item in parameters}, self.folder / "ema"
+            )
+
+        return Classify(averaged, config), refresh
+
+    def run(self) -> int:
+        """Train to the end, or until a signal; the exit code."""
+        config, train = self.config, self.config.train
+        last_step = self.total_steps
+        if train.stop_after_epochs is not None:
+            last_step = min(last_step, train.stop_after_epochs * self.steps_per_epoch)
+        if train.max_steps is not None:
+            last_step = min(last_step, train.max_steps)
+        result: Optional[Result] = None
+        clock = Clock(self.global_batch)
+        if self.step_count < last_step:
+            result = self.train_until(last_step, clock)
+        else:
+            self.log.say(f"nothing to do: the run already has {self.step_count} steps")
+        if self.stop.received is not None:
+            self.log.say(f"stopped by signal {self.stop.received} after step {self.step_count}; resume with train.resume=auto")
+            return 128 + self.stop.received
+        if result is None:
+            result = self.validate()
+        closing = {
+            "top1": result.top1,
+            "epochs": self.step_count / self.steps_per_epoch,
+            "steps": self.step_count,
+            "images_per_second": round(clock.images_per_second(), 1),
+            "checkpoint": str(self.folder / checkpoint.LAST),
+            "best_top1": self.best_top1,
+        }
+        if result.object_kept is not None:
+            self.log.say(
+                f"of the object's patches {100 * result.object_kept:.1f}% were kept; "
+                f"a random choice keeps {100 * (result.random_kept or 0):.1f}%"
+            )
+            closing.update(object_kept=result.object_kept, random_kept=result.random_kept)
+        if self.process.rank == 0:
+            print(json.dumps(closing), flush=True)
+        return 0
+
+    def train_until(self, last_step: int, clock: "Clock") -> Optional[Result]:
+        """The steps up to ``last_step``, with validation and checkpoints at the epochs' ends."""
+        train = self.config.train
+        epoch, start = divmod(self.step_count, self.steps_per_epoch)
+        source = TrainBatches(
+            self.folders.train,
+            self.config,
+            batch_size=self.config.data.batch_size,
+            epoch=epoch,
+            start=start,
+            epochs=train.epochs - epoch,
+            rank=self.process.rank,
+            ranks=self.process.ranks,
+            extra_columns=self.step_columns(),
+        )
+        sink_steps = largest_divisor(
+            math.gcd(self.steps_per_epoch, self.step_count, last_step), train.sink_steps or 1
+        )
+        unreadable = UnreadableCount(self.folders.train, self.config.data.max_unreadable_share)
+        progress = Progress(self.log, last_step, self.step_count, train.log_every_steps)
+        result = None
+        clock.start()
+        for batch in runtime.sinks(self.step, to_dataset(source), sink_steps):
+            first = clock.sink_done(sink_steps)
+            if first is not None:
+                self.log.say(f"first step, compilation included: {first:.1f} s")
+            self.step_count += sink_steps
+            for path in unreadable.update(batch.unreadable):
+                self.log.say(f"warning: cannot be read, the next image took its place: {path}")
+            self.note_sink(progress, clock)
+            at_end = self.step_count >= last_step
+            stopping = self.stop.received is not None
+            if self.step_count % self.steps_per_epoch == 0 or at_end or stopping:
+                clock.pause()
+                epochs = self.step_count // self.steps_per_epoch
+                if not stopping and (at_end or epochs % train.validate_every_epochs == 0):
+                    result = self.validate()
+                self.save(result)
+                clock.start()
+            if at_end or stopping:
+                break
+        progress.close()
+        return result
+
+    def step_columns(self) -> List[Tuple[str, Callable[[int], np.ndarray]]]:
+        """What the step takes besides images and targets, as functions of the global step."""
+        config, rank, B = self.config, self.process.rank, self.config.data.batch_size
+        seed = config.train.seed
+
+        def rate(step: int) -> np.ndarray:
+            return np.array([self.rate_at(step)], np.float32)
+
+        def factors(step: int) -> np.ndarray:
+            return drop_path_factors(config.model, seed=seed, step=step, rank=rank, batch_size=B)
+
+        def seeds(step: int) -> np.ndarray:
+            return dropout_seeds(config.model, seed=seed, step=step, rank=rank)
+
+        columns: List[Tuple[str, Callable[[int], np.ndarray]]] = [("learning_rate", rate)]
+        if config.model.drop_path > 0:
+            columns.append(("drop_path", factors))
+        if config.model.dropout > 0:
+            columns.append(("dropout_seeds", seeds))
+        return columns
+
+    def rate_at(self, step: int) -> float:
+        """The learning rate of a global step."""
+        optim = self.config.optim
+        images = self.global_batch * optim.accumulate_steps
+        return learning_rate(optim, step, self.steps_per_epoch, self.config.train.epochs, images)
+
+    def note_sink(self, progress: Progress, clock: "Clock") -> None:
+        """Look at the device once a sink: loss, overflows; tell them."""
+        loss, overflows = self.step.read_sums()
+        rate = self.rate_at(self.step_count - 1)
+        if not math.isfinite(loss):
+            raise RunFailed(
+                f"the loss is {loss} at step {self.step_count}, learning rate {rate:.3e}; "
+                f"{self.folder / checkpoint.LAST} is from before; a lower optim.learning_rate or optim.clip_norm=1 may help"
+            )
+        epoch = (self.step_count - 1) // self.steps_per_epoch
+        speed = clock.images_per_second()
+        progress.update(self.step_count, epoch, loss, rate, speed)
+        self.log.metrics(
+            {
+                "step": self.step_count,
+                "epoch": epoch + 1,
+                "loss": round(loss, 6),
+                "learning_rate": rate,
+                "images_per_second": round(speed, 1),
+                **({"overflows": overflows, "loss_scale": self.step.read_loss_scale()} if self.step.scales else {}),
+            }
+        )
+
+    def validate(self) -> Result:
+        """Top-1 and Top-5 on the validation images, told and returned."""
+        self.refresh_weights()
+        result = evaluate(
+            self.classify,
+            self.folders.val,
+            self.config,
+            batch_size=min(self.config.data.batch_size, len(self.folders.val)),
+            classes=self.folders.train.classes,
+            masks=self.folders.masks,
+            rank=self.process.rank,
+            ranks=self.process.ranks,
+        )
+        epochs = self.step_count / self.steps_per_epoch
+        self.log.say(f"epoch {epochs:g}/{self.config.train.epochs}: Top-1 {result.top1:.2f}%, Top-5 {result.top5:.2f}%")
+        self.log.metrics({"step": self.step_count, "epoch": epochs, **summary(result)})
+        return result
+
+    def save(self, result: Optional[Result]) -> None:
+        """Write ``best`` where the result is the best so far, then ``last``.
+
+        In this order: killed in between, the run goes on from the ``last`` before, comes here again and finds the
+        same result to be the best again.
+        """
+        better = result is not None and result.top1 > self.best_top1
+        if result is not None and better:
+            self.best_top1 = result.top1
+        if self.process.rank != 0:
+            return
+        parameters = list(self.step.get_parameters())
+        meta = self.meta()
+        if better:
+            checkpoint.save(self.folder / checkpoint.BEST, parameters, meta)
+        checkpoint.save_last(self.folder, parameters, meta)
+
+    def meta(self) -> Dict[str, Any]:
+        """What a checkpoint says of itself."""
+        return {
+            "config": self.config.to_dict(),
+            "classes": list(self.folders.train.classes),
+            "mean": list(self.config.data.mean),
+            "std": list(self.config.data.std),
+            "step": self.step_count,
+            "epoch": self.step_count // self.steps_per_epoch,
+            "step_in_epoch": self.step_count % self.steps_per_epoch,
+            "best_top1": self.best_top1,
+            "global_batch": self.global_batch,
+            "training_images": self.folders.train.fingerprint(),
+            **runtime.versions(),
+            "git_commit": git_commit(),
+        }
+
+
+class Clock:
+    """Training time without compilation, validation and checkpoints."""
+
+    def __init__(self, global_batch: int):
+        self.global_batch = global_batch
+        self.compiled = False
+        self.seconds, self.images = 0.0, 0
+        self.started = 0.0
+
+    def start(self) -> None:
+        """From here on time is training."""
+        self.started = time.perf_counter()
+
+    def pause(self) -> None:
+        """What follows is something else."""
+        self.seconds += time.perf_counter() - self.started
+
+    def sink_done(self, steps: int) -> Optional[float]:
+        """A sink has ended; for the first, which compiled, its seconds, and the clock begins anew."""
+        if not self.compiled:
+            self.compiled = True
+            first = time.perf_counter() - self.started
+            self.start()
+            return first
+        self.images += steps * self.global_batch
+        self.pause()
+        self.start()
+        return None
+
+    def images_per_second(self) -> float:
+        """Over all ranks; 0 before there is anything to tell."""
+        return self.images / self.seconds if self.images else 0.0
+
+
+def largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor of ``number`` that is not above ``limit``: sinks must not cross an epoch's end."""
+    return max(item for item in range(1, min(number, limit) + 1) if number % item == 0)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
