@@ -62,7 +62,7 @@ def save(path: Path, parameters: Iterable[Parameter], meta: Mapping[str, Any]) -
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.ckpt")
     try:
         # Not to `path` itself: MindSpore deletes its target before it writes (DESIGN 5).
-        entries = [{"name": name, "data": Tensor(np.ascontiguousarray(array))} for name, array in arrays.items()]
+        entries = [{"name": name, "data": Tensor(array.copy())} for name, array in arrays.items()]
         try:
             ms.save_checkpoint(entries, str(temporary))
         except RuntimeError as error:
@@ -164,7 +164,7 @@ def _digest(arrays: Mapping[str, np.ndarray]) -> bytes:
     for name in sorted(arrays):
         array = arrays[name]
         sha.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
-        sha.update(np.ascontiguousarray(array).data)
+        sha.update(array.tobytes())
     return sha.digest()
 
 

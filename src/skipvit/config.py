@@ -5,9 +5,12 @@ what it leaves out has the default written here. Each field is read where it is 
 Nothing here imports MindSpore, so that a mistake is told before the slow part starts.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import math
+import re
+import reprlib
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -49,10 +52,37 @@ FREE_ON_RESUME = frozenset(
     }
 )
 MAX_FILE_BYTES = 1 << 20
+MAX_INT = 2**31 - 1
 
 
 class UserError(Exception):
     """A mistake the user can mend: one line saying what is wrong, where, and what would be right (exit 2)."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which, as in its version 1.2, only true and false are booleans, and a date is text.
+
+    Version 1.1, PyYAML's, takes the `no` of ``train.resume=no`` for false.
+    """
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":timestamp"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+
+
+def parse_yaml(text: Union[str, bytes]) -> Any:
+    """Plain data from YAML, no object ever made of it.
+
+    Raises:
+        ValueError: it is not YAML.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except Exception as error:  # a value that its tag does not fit (`!!bool x`) raises nearly any kind
+        raise ValueError(" ".join(str(error).split())) from None
 
 
 @dataclass(frozen=True)
@@ -278,6 +308,16 @@ class TrainConfig:
             _one_of("train.jit_level", self.jit_level, ("O0", "O1", "O2"))
 
 
+SECTIONS: dict[str, Any] = {
+    "model": ModelConfig,
+    "skip": SkipConfig,
+    "data": DataConfig,
+    "augment": AugmentConfig,
+    "optim": OptimConfig,
+    "train": TrainConfig,
+}
+
+
 @dataclass(frozen=True)
 class Config:
     """A whole recipe. ``skip`` holds the spans in order; none is the plain ViT."""
@@ -294,7 +334,9 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and scalars, from which `from_dict` makes an equal Config."""
-        plain = {name: _plain(getattr(self, name)) for name in ("model", "data", "augment", "optim", "train")}
+        plain: dict[str, Any] = {
+            name: _plain(getattr(self, name)) for name in ("model", "data", "augment", "optim", "train")
+        }
         plain["skip"] = [_plain(span) for span in self.skip] or None
         return {section: plain[section] for section in ("model", "skip", "data", "augment", "optim", "train")}
 
@@ -328,9 +370,9 @@ def load(path: Union[str, Path], overrides: Sequence[str] = ()) -> Config:
     if len(content) > MAX_FILE_BYTES:
         raise UserError(f"{path}: larger than {MAX_FILE_BYTES} bytes, which no recipe is")
     try:
-        raw = yaml.safe_load(content)
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raw = parse_yaml(content)
+    except ValueError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from None
     if raw is None:
         raw = {}
     if not isinstance(raw, dict):
@@ -392,7 +434,7 @@ def skip_spans(skip: Any) -> tuple[SkipConfig, ...]:
             item if isinstance(item, SkipConfig) else _build(SkipConfig, item, f"skip.{index}")
             for index, item in enumerate(skip)
         )
-    raise UserError(f"skip: {skip!r} is neither null nor a span; give start, end and keep_ratio")
+    raise UserError(f"skip: {_short(skip)} is neither null nor a span; give start, end and keep_ratio")
 
 
 def check_spans(spans: Sequence[SkipConfig], depth: int) -> None:
@@ -429,16 +471,18 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"{override}: not of the form key=value, such as train.epochs=10")
-    try:
-        value = yaml.safe_load(text) if text else None
-    except (yaml.YAMLError, ValueError, RecursionError):
-        # A path or name that is not YAML is meant as written.
-        value = text
+    value: Any = text or None
+    if _is_text(key):
+        # Meant as written: a folder may be called `1.10` or `a: b #2`.
+        value = None if text in ("", "null") else text
+    elif text:
+        with contextlib.suppress(ValueError):  # what is no YAML is refused as what it is, where it is used
+            value = parse_yaml(text)
     *parents, last = key.split(".")
     node: Any = raw
     for depth, part in enumerate(parents):
         if isinstance(node, list):
-            if not part.isdigit() or int(part) >= len(node):
+            if not _is_index(part) or int(part) >= len(node):
                 raise UserError(f"{override}: {'.'.join(parents[:depth])} has no item {part}; there are {len(node)}")
             node = node[int(part)]
             continue
@@ -447,11 +491,23 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         if node.get(part) is None:
             node[part] = {}
         node = node[part]
-    if isinstance(node, list) and parents == ["skip"] and not last.isdigit():
+    if isinstance(node, list) and parents == ["skip"] and not _is_index(last):
         raise UserError(f"{override}: skip is a list of {len(node)} spans; say which, as in skip.0.{last}=")
     if not isinstance(node, dict):
         raise UserError(f"{override}: {'.'.join(parents)} is no section")
     node[last] = value
+
+
+def _is_index(part: str) -> bool:
+    return part.isascii() and part.isdigit() and len(part) < 4
+
+
+def _is_text(key: str) -> bool:
+    """Whether the key's field holds text, which is then not read as YAML."""
+    section, _, rest = key.partition(".")
+    if section not in SECTIONS:
+        return False
+    return typing.get_type_hints(SECTIONS[section]).get(rest.split(".")[-1]) in (str, Optional[str])
 
 
 def _section(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -459,13 +515,13 @@ def _section(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
     if section is None:
         return {}
     if not isinstance(section, Mapping):
-        raise UserError(f"{name}: {section!r} is no section; give keys such as {_keys_of(name)[0]}")
-    return dict(section)
+        raise UserError(f"{name}: {_short(section)} is no section; give keys such as {_keys_of(name)[0]}")
+    return {str(key): value for key, value in section.items()}
 
 
 def _build(cls: Any, mapping: Any, where: str) -> Any:
     if not isinstance(mapping, Mapping):
-        raise UserError(f"{where}: {mapping!r} is no section with keys")
+        raise UserError(f"{where}: {_short(mapping)} is no section with keys")
     hints = typing.get_type_hints(cls)
     for key in mapping:
         if key not in hints:
@@ -482,14 +538,14 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         hint = next(item for item in typing.get_args(hint) if item is not type(None))
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, (list, tuple)):
-            raise UserError(f"{where}: {value!r} is not a list of numbers")
+            raise UserError(f"{where}: {_short(value)} is not a list of numbers")
         return tuple(_convert(item, float, where) for item in value)
     if hint is bool and isinstance(value, bool):
         return value
     if hint is int and not isinstance(value, bool):
-        if isinstance(value, int):
+        if isinstance(value, int) and abs(value) <= MAX_INT:
             return value
-        if isinstance(value, float) and value.is_integer():
+        if isinstance(value, float) and value.is_integer() and abs(value) <= MAX_INT:
             return int(value)
     if hint is float and not isinstance(value, bool) and isinstance(value, (int, float, str)):
         try:
@@ -498,11 +554,12 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             number = math.nan
         if math.isfinite(number):
             return number
-    if hint is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
-        if "\0" not in str(value):
-            return str(value)
-    expected = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[hint]
-    raise UserError(f"{where}: {value!r} is not {expected}{' or null' if optional else ''}")
+    if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= MAX_INT:
+        return str(value)
+    if hint is str and isinstance(value, str) and value and "\0" not in value:
+        return value
+    expected = {int: f"a whole number up to {MAX_INT}", float: "a number", bool: "true or false", str: "text"}[hint]
+    raise UserError(f"{where}: {_short(value)} is not {expected}{' or null' if optional else ''}")
 
 
 def _plain(section: Any) -> dict[str, Any]:
@@ -512,15 +569,7 @@ def _plain(section: Any) -> dict[str, Any]:
 
 
 def _keys_of(section: str) -> list[str]:
-    cls = {
-        "model": ModelConfig,
-        "skip": SkipConfig,
-        "data": DataConfig,
-        "augment": AugmentConfig,
-        "optim": OptimConfig,
-        "train": TrainConfig,
-    }[section]
-    return [f"{section}.{item.name}" for item in dataclasses.fields(cls)]
+    return [f"{section}.{item.name}" for item in dataclasses.fields(SECTIONS[section])]
 
 
 def _all_keys() -> list[str]:
@@ -528,6 +577,7 @@ def _all_keys() -> list[str]:
 
 
 def _unknown(key: str, known: Sequence[str]) -> str:
+    key = key[:100]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
     last = difflib.get_close_matches(key.split(".")[-1], [item.split(".")[-1] for item in known], n=1, cutoff=0.8)
     same_last = [item for item in known if last and item.split(".")[-1] == last[0]]
@@ -536,9 +586,9 @@ def _unknown(key: str, known: Sequence[str]) -> str:
 
 def _one_of(where: str, value: Any, choices: Sequence[str]) -> None:
     if value not in choices:
-        near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.0)
+        near = difflib.get_close_matches(str(value)[:100], choices, n=1, cutoff=0.0)
         hint = f"the nearest is {near[0]}; " if near else ""
-        raise UserError(f"{where}: {value!r} is unknown; {hint}known are {', '.join(choices)}")
+        raise UserError(f"{where}: {_short(value)} is unknown; {hint}known are {', '.join(choices)}")
 
 
 def _at_least(where: str, value: float, least: float, why: str = "") -> None:
@@ -552,4 +602,15 @@ def _within(where: str, value: float, low: float, high: float, bounds: str) -> N
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:
-    return min((item for item in range(1, number + 1) if number % item == 0), key=lambda item: abs(item - wanted))
+    small = [item for item in range(1, math.isqrt(number) + 1) if number % item == 0]
+    return min(small + [number // item for item in small], key=lambda item: abs(item - wanted))
+
+
+def _short(value: Any) -> str:
+    """The value for a message: however long or nested it is, the message stays one line."""
+    if isinstance(value, str) and len(value) < 100:
+        return repr(value)
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # a number of more digits than Python prints
+        return type(value).__name__

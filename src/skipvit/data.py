@@ -34,7 +34,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".ti
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF")  # nothing that Pillow would run a program for
 MAX_PIXELS = 89_478_485  # of an image; from here on Pillow warns of a decompression bomb, we refuse
 NAMES_SHOWN = 5  # of many files or classes in a message
-LEAST_UNREADABLE_SLOTS = 32
+LEAST_UNREADABLE_PLACES = 32  # in the column of that name
 PREFETCH_BATCHES = 4  # finished batches that wait in MindSpore's queue (128 images of 224×224 are 19 MB)
 
 # First word of every key, so that no two purposes share a stream.
@@ -50,8 +50,12 @@ UPRIGHT = {  # EXIF orientation -> what turns the stored pixels upright (EXIF 2.
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-MINDSPORE_RESAMPLING = {"bilinear": Inter.BILINEAR, "bicubic": Inter.BICUBIC}
+RESAMPLING = {"bilinear": Inter.BILINEAR, "bicubic": Inter.BICUBIC}  # data.interpolation -> MindSpore's name
+PILLOW_RESAMPLING = {
+    Inter.BILINEAR: Image.Resampling.BILINEAR,
+    Inter.BICUBIC: Image.Resampling.BICUBIC,
+    Inter.NEAREST: Image.Resampling.NEAREST,
+}
 
 ExtraColumn = tuple[str, Callable[[int], np.ndarray]]  # a name, and its value as a function of the global step
 
@@ -255,6 +259,8 @@ def open_image(path: Union[str, Path], least_side: Optional[int] = None) -> Imag
 
 
 def _exif_orientation(image: Image.Image) -> int:
+    if image.format == "TIFF":  # turned by Pillow as it loads, which some releases forget to note
+        return 1
     try:
         return image.getexif().get(EXIF_ORIENTATION, 1)
     except Exception:  # broken EXIF is no reason to refuse sound pixels
@@ -287,7 +293,7 @@ def _why_unreadable(path: Path) -> str:
 # ------------------------------------------------------------------------------------------------- one image
 
 
-def resize_and_crop(image: Image.Image, size: int, crop_ratio: float, resample: Any) -> Image.Image:
+def resize_and_crop(image: Image.Image, size: int, crop_ratio: float, resample: Inter) -> Image.Image:
     """Evaluation's geometry: the shorter side to ``size / crop_ratio``, then the central ``size``×``size``.
 
     Rounding is that of torchvision's Resize and CenterCrop, so published weights meet the pixels they expect.
@@ -299,7 +305,7 @@ def resize_and_crop(image: Image.Image, size: int, crop_ratio: float, resample: 
     else:
         wanted = (max(shorter, int(shorter * width / height)), shorter)
     if wanted != image.size:
-        image = image.resize(wanted, resample)
+        image = image.resize(wanted, PILLOW_RESAMPLING[resample])
     left, top = round((wanted[0] - size) / 2), round((wanted[1] - size) / 2)
     return image.crop((left, top, left + size, top + size))
 
@@ -321,7 +327,7 @@ def augment_image(image: Image.Image, config: Config, generator: np.random.Gener
     resample = RESAMPLING[config.data.interpolation]
     if augment.crop == "random_resized":
         box = random_resized_box(image.size, augment, generator)
-        image = image.resize((size, size), resample, box=box)
+        image = image.resize((size, size), PILLOW_RESAMPLING[resample], box=box)
     else:
         image = resize_and_crop(image, size, 1.0, resample)
     if augment.crop == "shift":
@@ -393,10 +399,11 @@ def erase(pixels: np.ndarray, config: Config, generator: np.random.Generator) ->
             return
 
 
-# RandAugment is timm's `rand-m9-mstd0.5-inc1` (DeiT's). The operations are mindcv's, checked on both releases:
-# those taken over repeat exactly and lie within rounding of Pillow's. Three are not taken over, and one is missing:
-# posterize keeps 8 - n bits where n are to be kept, so it does next to nothing where it should do most; the shears
-# take a slope for degrees, 0.3° where 17° are meant; SolarizeAdd is timm's alone. These are Pillow's below.
+# RandAugment is timm's `rand-m9-mstd0.5-inc1` (DeiT's). The operations are mindcv's, where they are right on both
+# releases: given fixed arguments those repeat exactly and agree with Pillow's. Four are not taken over: posterize
+# keeps 8 - n bits where n are to be kept, so it does least where it should do most; the shears take a slope for
+# degrees, 0.3° where 17° are meant; rotation fills its corners with red and blue exchanged. And timm's SolarizeAdd
+# is missing. Those five are here.
 
 
 def _posterize(image: np.ndarray, bits: int, **_: Any) -> np.ndarray:
@@ -407,19 +414,23 @@ def _solarize_add(image: np.ndarray, addend: int, **_: Any) -> np.ndarray:
     return np.where(image < 128, np.minimum(image.astype(np.int16) + addend, 255), image).astype(np.uint8)
 
 
-def _affine(image: np.ndarray, matrix: tuple[float, ...], fill_value: Any, resample: Any) -> np.ndarray:
-    pillow_resample = Image.Resampling.BILINEAR if resample == Inter.BILINEAR else Image.Resampling.BICUBIC
-    picture = Image.fromarray(image)
-    moved = picture.transform(picture.size, Image.Transform.AFFINE, matrix, pillow_resample, fillcolor=fill_value)
+def _rotate(image: np.ndarray, degrees: float, fill_value: Any, resample: Inter) -> np.ndarray:
+    turned = Image.fromarray(image).rotate(degrees, PILLOW_RESAMPLING[resample], fillcolor=fill_value)
+    return np.asarray(turned)
+
+
+def _shear_x(image: np.ndarray, slope: float, fill_value: Any, resample: Inter) -> np.ndarray:
+    return _affine(image, (1, slope, 0, 0, 1, 0), fill_value, resample)
+
+
+def _shear_y(image: np.ndarray, slope: float, fill_value: Any, resample: Inter) -> np.ndarray:
+    return _affine(image, (1, 0, 0, slope, 1, 0), fill_value, resample)
+
+
+def _affine(image: np.ndarray, matrix: tuple[float, ...], fill_value: Any, resample: Inter) -> np.ndarray:
+    size, method = (image.shape[1], image.shape[0]), Image.Transform.AFFINE
+    moved = Image.fromarray(image).transform(size, method, matrix, PILLOW_RESAMPLING[resample], fillcolor=fill_value)
     return np.asarray(moved)
-
-
-def _shear_x(image: np.ndarray, slope: float, **options: Any) -> np.ndarray:
-    return _affine(image, (1, slope, 0, 0, 1, 0), **options)
-
-
-def _shear_y(image: np.ndarray, slope: float, **options: Any) -> np.ndarray:
-    return _affine(image, (1, 0, 0, slope, 1, 0), **options)
 
 
 def _enhancement(severity: float, sign: int) -> tuple[float, ...]:
@@ -431,7 +442,7 @@ RAND_AUGMENT: tuple[tuple[str, Callable[..., np.ndarray], Callable[[float, int],
     ("AutoContrast", NAME_TO_OP["AutoContrast"], lambda severity, sign: ()),
     ("Equalize", NAME_TO_OP["Equalize"], lambda severity, sign: ()),
     ("Invert", NAME_TO_OP["Invert"], lambda severity, sign: ()),
-    ("Rotate", NAME_TO_OP["Rotate"], lambda severity, sign: (sign * 30.0 * severity,)),
+    ("Rotate", _rotate, lambda severity, sign: (sign * 30.0 * severity,)),
     ("Posterize", _posterize, lambda severity, sign: (4 - int(4 * severity),)),
     ("Solarize", NAME_TO_OP["Solarize"], lambda severity, sign: (255 - int(255 * severity),)),
     ("SolarizeAdd", _solarize_add, lambda severity, sign: (int(110 * severity),)),
@@ -453,7 +464,7 @@ def rand_augment(pixels: np.ndarray, config: Config, generator: np.random.Genera
     """
     augment = config.augment
     fill = tuple(min(255, round(255 * value)) for value in config.data.mean)
-    resample = MINDSPORE_RESAMPLING[config.data.interpolation]
+    resample = RESAMPLING[config.data.interpolation]
     for _ in range(augment.rand_augment_layers):
         _, operation, arguments = RAND_AUGMENT[generator.integers(len(RAND_AUGMENT))]
         if generator.random() < 0.5:
@@ -628,7 +639,7 @@ class TrainBatches:
                 labels[place] = self.folder.labels[sample]
             return unreadable
 
-        unreadable = np.full(max(self.batch_size, LEAST_UNREADABLE_SLOTS), -1, np.int32)
+        unreadable = np.full(max(self.batch_size, LEAST_UNREADABLE_PLACES), -1, np.int32)
         met = sorted(set().union(*self._threads.map(fill, range(self.batch_size))))[: len(unreadable)]
         unreadable[: len(met)] = met
         images, targets = mix_batch(
@@ -656,15 +667,16 @@ class TrainBatches:
     def _readable(self, order: np.ndarray, position: int) -> tuple[Optional[Image.Image], int, list[int]]:
         """The image of a position or the next readable one, its index, and the unreadable ones met on the way.
 
-        After as many as the batch has slots for, None: then the slots are full, and the run will be stopped.
+        After as many as the column `unreadable` has places, None: then it is full, and the run will be stopped.
         """
         unreadable: list[int] = []
         place = position // self.config.augment.repeats
-        for ahead in range(min(len(order), max(self.batch_size, LEAST_UNREADABLE_SLOTS))):
+        for ahead in range(min(len(order), max(self.batch_size, LEAST_UNREADABLE_PLACES))):
             sample = int(order[(place + ahead) % len(order)])
             if sample not in self._known_unreadable:
                 try:
-                    return open_image(self.folder.path(sample), least_training_side(self.config)), sample, unreadable
+                    image = open_image(self.folder.path(sample), least_training_side(self.config))
+                    return image, sample, unreadable
                 except UnreadableImage:
                     self._known_unreadable.add(sample)
             unreadable.append(sample)
@@ -683,8 +695,8 @@ class UnreadableCount:
         """Count a batch's column ``unreadable``; the paths that are new, to be named in the log.
 
         Raises:
-            UserError: more than ``max_share`` of the folder's images, or so many in one batch that no readable
-                image was found to take their place.
+            UserError: more than ``max_share`` of the folder's images, or as many in one batch as the column
+                has places, where the search for others is given up.
         """
         met = [int(sample) for sample in unreadable if sample >= 0]
         new = [sample for sample in met if sample not in self.samples]
@@ -828,7 +840,7 @@ def object_patches(path: Union[str, Path], config: Config) -> np.ndarray:
         mask = open_image(path).convert("L")
     except UnreadableImage as error:
         raise UserError(f"data.masks: {error}") from None
-    mask = resize_and_crop(mask, size, config.data.val_crop_ratio, Image.Resampling.NEAREST)
+    mask = resize_and_crop(mask, size, config.data.val_crop_ratio, Inter.NEAREST)
     covered = np.asarray(mask) > 127
     grid = size // patch
     return covered.reshape(grid, patch, grid, patch).mean(axis=(1, 3)).astype(np.float32).reshape(-1)

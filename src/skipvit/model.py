@@ -7,11 +7,13 @@ Parameters bear timm's names (``blocks.0.attn.qkv.weight`` ...), so weights map 
 import math
 
 import numpy as np
+from mindcv.models.registry import register_model
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from skipvit import tokens as token_path
-from skipvit.config import ModelConfig, check_spans, default_skip, model_config, skip_spans
+from skipvit.config import MODEL_NAMES, ModelConfig, UserError, check_spans, default_skip, model_config, skip_spans
+from skipvit.kernels import affine_kernel, layer_norm_kernel
 from skipvit.runtime import sort_dtype
 
 
@@ -26,13 +28,12 @@ class Linear(nn.Cell):
         self.weight = Parameter(Tensor(np.zeros((out_dim, in_dim), np.float32)))
         self.bias = Parameter(Tensor(np.zeros(out_dim, np.float32)))
         self.in_dim, self.out_dim, self.dtype = in_dim, out_dim, dtype
-        self.matmul = ops.MatMul(transpose_b=True)
-        self.bias_add = ops.BiasAdd()
+        self.affine = affine_kernel()
 
     def construct(self, x):
         """See the class."""
         rows = x.reshape(-1, self.in_dim).astype(self.dtype)
-        y = self.bias_add(self.matmul(rows, self.weight.astype(self.dtype)), self.bias.astype(self.dtype))
+        y = self.affine(rows, self.weight.astype(self.dtype), self.bias.astype(self.dtype))
         return y.reshape(x.shape[:-1] + (self.out_dim,))
 
 
@@ -43,11 +44,11 @@ class LayerNorm(nn.Cell):
         super().__init__()
         self.weight = Parameter(Tensor(np.ones(dim, np.float32)))
         self.bias = Parameter(Tensor(np.zeros(dim, np.float32)))
-        self.normalize = ops.LayerNorm(begin_norm_axis=-1, begin_params_axis=-1, epsilon=1e-6)
+        self.normalize = layer_norm_kernel()
 
     def construct(self, x):
         """``(..., D)`` to ``(..., D)``."""
-        return self.normalize(x, self.weight, self.bias)[0]
+        return self.normalize(x, self.weight, self.bias)
 
 
 class Gelu(nn.Cell):
@@ -194,15 +195,14 @@ class PatchProjection(nn.Cell):
         self.weight = Parameter(Tensor(np.zeros((D, 3, p, p), np.float32)))
         self.bias = Parameter(Tensor(np.zeros(D, np.float32)))
         self.dtype, self.dim = dtype, D
-        self.matmul = ops.MatMul(transpose_b=True)
-        self.bias_add = ops.BiasAdd()
+        self.affine = affine_kernel()
 
     def construct(self, patches):
         """``(B, N, 3*p*p)`` to ``(B, N, D)``."""
         B, N, P = patches.shape
         weight = self.weight.reshape(self.dim, P).astype(self.dtype)
         rows = patches.reshape(B * N, P).astype(self.dtype)
-        return self.bias_add(self.matmul(rows, weight), self.bias.astype(self.dtype)).reshape(B, N, self.dim)
+        return self.affine(rows, weight, self.bias.astype(self.dtype)).reshape(B, N, self.dim)
 
 
 class VisionTransformer(nn.Cell):
@@ -224,7 +224,7 @@ class VisionTransformer(nn.Cell):
         # Plain numbers, because graph mode reads no dataclasses.
         spans = tuple(span for span in spans if span.kept_count(N) < N)
         self.span_bounds = tuple((span.start, span.end) for span in spans)
-        self.rejoins = all(span.skipped == "rejoin" for span in spans)
+        self.span_rejoins = tuple(span.skipped == "rejoin" for span in spans)
         self.depth, self.num_patches = config.depth, N
         self.dropout, self.sort_dtype = config.dropout, sort_dtype()
 
@@ -273,7 +273,7 @@ class VisionTransformer(nn.Cell):
             # Middle blocks, kept tokens only.
             for i in range(start, end):
                 kept, _, _ = self.run_block(i, kept, drop_path, dropout_seeds)
-            x = token_path.rejoin(kept, skipped) if self.rejoins else kept
+            x = token_path.rejoin(kept, skipped) if self.span_rejoins[index] else kept
             block = end
         # Late blocks.
         for i in range(block, self.depth):
@@ -305,7 +305,7 @@ class VisionTransformer(nn.Cell):
         Raises:
             ValueError: the tokens of a span are dropped or fused, so no full grid exists.
         """
-        if not self.rejoins:
+        if not all(self.span_rejoins):
             raise ValueError("forward_features: skip.skipped drops tokens, so no full grid exists; use skipped=rejoin")
         results = self.run(images)
         tokens, places = self.norm(results[0]), results[1]
@@ -369,3 +369,22 @@ def create_model(name, num_classes=1000, skip=None, *, dtype=mstype.float32, see
     config = model_config(name, num_classes=num_classes, **overrides)
     spans = default_skip(config) if skip is None else skip_spans(skip)
     return VisionTransformer(config, spans, dtype, seed)
+
+
+def _register(name):
+    """Make ``mindcv.create_model(name)`` give our model."""
+
+    def build(pretrained=False, num_classes=1000, in_channels=3, **keywords):
+        if pretrained:
+            raise UserError(f"{name}: there are no pretrained weights to fetch; leave pretrained out")
+        if in_channels != 3:
+            raise UserError(f"{name}: in_channels={in_channels} is not supported; the model takes RGB images, 3")
+        return create_model(name, num_classes, **keywords)
+
+    build.__name__ = build.__qualname__ = name
+    build.__doc__ = f"``create_model({name!r}, ...)`` for mindcv's registry."
+    register_model(build)
+
+
+for _name in MODEL_NAMES:
+    _register(_name)

@@ -86,6 +86,11 @@ def sinks(step, dataset, sink_steps: int) -> Iterator[Sink]:
             taken = []
 
 
+def on_cpu() -> bool:
+    """Whether the graph will run on a CPU."""
+    return ms.get_context("device_target") == "CPU"
+
+
 def sort_dtype():
     """What TopK sorts: float16 alone on Ascend's AI Core (DESIGN 4)."""
     return mstype.float16 if ms.get_context("device_target") == "Ascend" else mstype.float32
