@@ -637,7 +637,7 @@ def test_batches_are_really_mixed_by_both_at_about_their_rate(coded):
     source = TrainBatches(coded, make_config(augment), batch_size=8, epochs=100)
     cut, blended, mixed_labels, label_pairs = 0, 0, 0, 0
     for index in range(len(source)):
-        images, targets, _ = source[index]
+        images, targets = source[index]
         colours = [len(np.unique(image[0])) for image in images]
         own = 5 * source.samples(index)
         cut += max(colours) == 2
@@ -706,15 +706,15 @@ def test_an_epoch_shows_each_image_at_most_once_with_its_label(coded):
     source = TrainBatches(coded, make_config(), batch_size=8)
     assert len(source) == source.steps_per_epoch == 3
     seen = []
-    for index, (images, targets, unreadable) in enumerate(all_items(source)):
+    for index, (images, targets) in enumerate(all_items(source)):
         assert images.shape == (8, 3, 16, 16)
-        assert (images.dtype, targets.dtype, unreadable.dtype) == (np.uint8, np.float32, np.int32)
+        assert (images.dtype, targets.dtype) == (np.uint8, np.float32)
         assert images[:, 1].min() == images[:, 1].max() == 100
         assert shown(images) == source.samples(index).tolist()
         np.testing.assert_array_equal(targets, np.eye(3)[coded.labels[shown(images)]])
-        assert (unreadable == -1).all()
         seen += shown(images)
     assert len(set(seen)) == 24
+    assert source.unreadable().tolist() == []
 
 
 def test_epochs_and_seeds_have_their_own_orders(coded):
@@ -840,7 +840,7 @@ def test_columns_have_their_names(coded):
     source = TrainBatches(
         coded, make_config(), batch_size=8, extra_columns=[("learning_rate", lambda step: np.zeros(1))]
     )
-    assert data.to_dataset(source).get_col_names() == ["images", "targets", "unreadable", "learning_rate"]
+    assert data.to_dataset(source).get_col_names() == ["images", "targets", "learning_rate"]
     assert data.to_dataset(EvalBatches(coded, make_config(), batch_size=8)).get_col_names() == [
         "images",
         "labels",
@@ -882,9 +882,9 @@ def damaged(tmp_path, coded):
 
 def test_the_next_readable_image_takes_the_place(damaged):
     source = TrainBatches(damaged, make_config(), batch_size=8, epochs=4)
-    reported = set()
+    found = set()
     for index in range(len(source)):
-        images, targets, unreadable = source[index]
+        images, targets = source[index]
         first = TrainBatches(damaged, make_config(), batch_size=26, epoch=index // 3).samples(0).tolist()
         expected, met = [], set()
         for position in range(index % 3 * 8, index % 3 * 8 + 8):
@@ -894,17 +894,18 @@ def test_the_next_readable_image_takes_the_place(damaged):
             expected.append(first[position % 26])
         assert shown(images) == expected
         np.testing.assert_array_equal(targets.argmax(axis=1), damaged.labels[expected])
-        assert unreadable.shape == (32,)
-        assert unreadable[unreadable >= 0].tolist() == sorted(met)
-        reported |= met
-    assert reported == {3, 4, 20}
+        found |= met
+        assert source.unreadable().tolist() == sorted(found)
+    assert found == {3, 4, 20}
 
 
 @pytest.mark.parametrize(("num_workers", "processes"), [(2, False), (2, True)])
 def test_what_is_unreadable_does_not_depend_on_workers(damaged, num_workers, processes):
     config = make_config(ALONE, num_workers=num_workers, worker_processes=processes)
-    expected = all_items(TrainBatches(damaged, make_config(ALONE), batch_size=4, epochs=2))
-    assert_equal_items(through_mindspore(TrainBatches(damaged, config, batch_size=4, epochs=2)), expected)
+    expected = all_items(TrainBatches(damaged, make_config(ALONE), batch_size=4, epochs=4))
+    source = TrainBatches(damaged, config, batch_size=4, epochs=4)
+    assert_equal_items(through_mindspore(source), expected)
+    assert source.unreadable().tolist() == [3, 4, 20]
 
 
 def test_a_known_bad_file_is_not_read_again(damaged, monkeypatch):
@@ -922,20 +923,13 @@ def test_a_known_bad_file_is_not_read_again(damaged, monkeypatch):
 
 def test_unreadable_images_are_counted_named_and_limited(damaged):
     count = UnreadableCount(damaged, max_share=0.1)
-    empty = np.full(32, -1, np.int32)
-    assert count.update(empty) == []
-    one = empty.copy()
-    one[0] = 20
-    assert count.update(one) == [str(damaged.path(20))]
-    assert count.update(one) == []
-    two = empty.copy()
-    two[:2] = 3, 20
-    assert count.update(two) == [str(damaged.path(3))]
-    three = empty.copy()
-    three[:2] = 4, 3
+    assert count.update(np.array([], np.int64)) == []
+    assert count.update(np.array([20])) == [str(damaged.path(20))]
+    assert count.update(np.array([20])) == []
+    assert count.update(np.array([3, 20])) == [str(damaged.path(3))]
     message = r"data.train: 3 of 26 images cannot be read \(11.54%; .* allows 10.00%\): .*03.png, .*04.png, .*20.png"
     with pytest.raises(UserError, match=message) as caught:
-        count.update(three)
+        count.update(np.array([3, 4, 20]))
     assert "03.png: cannot be read as an image (no image of a known format)" in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -944,22 +938,10 @@ def test_unreadable_images_are_counted_named_and_limited(damaged):
 def test_a_folder_of_nothing_readable_stops_the_run(damaged, batch_size):
     for index in range(len(damaged)):
         damaged.path(index).write_bytes(b"")
-    images, _, unreadable = TrainBatches(damaged, make_config(), batch_size=batch_size)[0]
-    assert images.max() == 0
+    source = TrainBatches(damaged, make_config(), batch_size=batch_size)
+    assert source[0][0].max() == 0
     with pytest.raises(UserError, match="26 of 26 images cannot be read"):
-        UnreadableCount(damaged, max_share=1.0).update(unreadable)
-
-
-def test_so_many_unreadable_in_one_batch_that_none_is_left_stop_the_run(tmp_path):
-    (tmp_path / "a").mkdir()
-    for index in range(100):
-        (tmp_path / "a" / f"{index:03d}.png").touch()
-    folder = ImageFolder(tmp_path)
-    for batch_size in (4, 40):
-        unreadable = TrainBatches(folder, make_config(), batch_size=batch_size)[0][2]
-        assert len(unreadable) == max(32, batch_size)
-        with pytest.raises(UserError, match=f"{len(unreadable)} of 100 images cannot be read"):
-            UnreadableCount(folder, max_share=0.9).update(unreadable)
+        UnreadableCount(damaged, max_share=1.0).update(source.unreadable())
 
 
 # ------------------------------------------------------------------------------------------- evaluation batches

@@ -99,12 +99,14 @@ class Outputs(nn.Cell):
         self.vjp = ops.GradOperation(get_by_list=True, sens_param=True)
 
     def construct(self, images, d_logits, *randomness):
+        logits = self.net(images, *randomness)
         kept = ()
         for i in self.span_indices:
             kept += (self.net.kept_tokens(images, i),)
         features = self.net.forward_features(images) if self.has_features else images
+        # Last: forward passes after it in the same graph made MindSpore 2.10 fail ("Graph cycle exists").
         gradients = self.vjp(self.net, self.weights)(images, *randomness, d_logits)
-        return self.net(images, *randomness), gradients, kept, features
+        return logits, gradients, kept, features
 
     def compute(self, images=IMAGES, d_logits=D_LOGITS, *randomness):
         """Logits, gradients by name, kept tokens of each span, and features as arrays."""

@@ -110,8 +110,8 @@ class ModelConfig:
             _at_least("model.num_classes", self.num_classes, 1)
         for name in ("dropout", "drop_path"):
             _within(f"model.{name}", getattr(self, name), 0.0, 1.0, "[0, 1)")
-        if self.mlp_ratio <= 0 or self.mlp_ratio * self.embed_dim < 1:
-            raise UserError(f"model.mlp_ratio: {self.mlp_ratio} leaves the MLP no width; 4.0 is usual")
+        if not 1 <= self.mlp_ratio * self.embed_dim <= MAX_INT:
+            raise UserError(f"model.mlp_ratio: {self.mlp_ratio} gives the MLP no width to compute with; 4.0 is usual")
         if self.image_size % self.patch_size:
             raise UserError(
                 f"model.image_size: {self.image_size} is not a multiple of model.patch_size {self.patch_size}; "
@@ -610,7 +610,9 @@ def _short(value: Any) -> str:
     """The value for a message: however long or nested it is, the message stays one line."""
     if isinstance(value, str) and len(value) < 100:
         return repr(value)
+    shortened = reprlib.Repr()
+    shortened.maxlevel, shortened.maxlist, shortened.maxdict = 2, 3, 3
     try:
-        return reprlib.repr(value)
+        return shortened.repr(value)
     except ValueError:  # a number of more digits than Python prints
         return type(value).__name__

@@ -14,6 +14,7 @@ A sample's way: `ImageFolder` lists it, `open_image` reads it, `augment_image` (
 import hashlib
 import inspect
 import math
+import mmap
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +35,6 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".ti
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF")  # nothing that Pillow would run a program for
 MAX_PIXELS = 89_478_485  # of an image; from here on Pillow warns of a decompression bomb, we refuse
 NAMES_SHOWN = 5  # of many files or classes in a message
-LEAST_UNREADABLE_PLACES = 32  # in the column of that name
 PREFETCH_BATCHES = 4  # finished batches that wait in MindSpore's queue (128 images of 224×224 are 19 MB)
 
 # First word of every key, so that no two purposes share a stream.
@@ -582,7 +582,6 @@ class TrainBatches:
     Items are a tuple in the order of ``columns``:
         images: uint8 (B, 3, S, S).
         targets: float32 (B, C), label smoothing and mixing included.
-        unreadable: int32 (max(B, 32),): samples that could not be read, then -1; for `UnreadableCount`.
         and each extra column, of the global step ``epoch * steps_per_epoch + step``.
 
     Raises:
@@ -609,12 +608,14 @@ class TrainBatches:
         self.rank = rank
         self.ranks = ranks
         self.extra_columns = tuple(extra_columns)
-        self.columns = ["images", "targets", "unreadable", *(name for name, _ in self.extra_columns)]
+        self.columns = ["images", "targets", *(name for name, _ in self.extra_columns)]
         self.steps_per_epoch = steps_per_epoch(len(folder), batch_size * ranks)
         self.first_step = epoch * self.steps_per_epoch + start
         self.last_step = (epoch + epochs) * self.steps_per_epoch
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
-        self._known_unreadable: set[int] = set()
+        # A byte an image, in memory that threads and forked processes share: what a worker finds unreadable the trainer
+        # learns at its next look, though the batches themselves may go straight to the device (data sink).
+        self._unreadable = np.frombuffer(mmap.mmap(-1, len(folder)), np.uint8)
         self._threads = _Threads(1 if config.data.worker_processes else config.data.num_workers)
 
     def __len__(self) -> int:
@@ -631,17 +632,14 @@ class TrainBatches:
         images = np.zeros((self.batch_size, 3, size, size), np.uint8)
         labels = np.zeros(self.batch_size, np.int32)
 
-        def fill(place: int) -> list[int]:
-            image, sample, unreadable = self._readable(order, first + place)
+        def fill(place: int) -> None:
+            image, sample = self._readable(order, first + place)
             if image is not None:
                 generator = keyed_generator(IMAGE, self.config.train.seed, epoch, first + place)
                 images[place] = augment_image(image, self.config, generator)
                 labels[place] = self.folder.labels[sample]
-            return unreadable
 
-        unreadable = np.full(max(self.batch_size, LEAST_UNREADABLE_PLACES), -1, np.int32)
-        met = sorted(set().union(*self._threads.map(fill, range(self.batch_size))))[: len(unreadable)]
-        unreadable[: len(met)] = met
+        self._threads.map(fill, range(self.batch_size))
         images, targets = mix_batch(
             images,
             labels,
@@ -649,7 +647,7 @@ class TrainBatches:
             self.config.model.num_classes or len(self.folder.classes),
             keyed_generator(MIX, self.config.train.seed, global_step, self.rank),
         )
-        return (images, targets, unreadable, *(column(global_step) for _, column in self.extra_columns))
+        return (images, targets, *(column(global_step) for _, column in self.extra_columns))
 
     def samples(self, index: int) -> np.ndarray:
         """Which images item ``index`` shows, were all readable: int (B,)."""
@@ -664,23 +662,21 @@ class TrainBatches:
             self._order = (epoch, order)  # one assignment: another thread sees the old pair or the new
         return order
 
-    def _readable(self, order: np.ndarray, position: int) -> tuple[Optional[Image.Image], int, list[int]]:
-        """The image of a position or the next readable one, its index, and the unreadable ones met on the way.
+    def unreadable(self) -> np.ndarray:
+        """The samples that were found unreadable so far, by whichever worker: int (…,), ascending."""
+        return np.flatnonzero(self._unreadable)
 
-        After as many as the column `unreadable` has places, None: then it is full, and the run will be stopped.
-        """
-        unreadable: list[int] = []
+    def _readable(self, order: np.ndarray, position: int) -> tuple[Optional[Image.Image], int]:
+        """The image of a position or the next readable one, and its index; None where no image can be read."""
         place = position // self.config.augment.repeats
-        for ahead in range(min(len(order), max(self.batch_size, LEAST_UNREADABLE_PLACES))):
+        for ahead in range(len(order)):
             sample = int(order[(place + ahead) % len(order)])
-            if sample not in self._known_unreadable:
+            if not self._unreadable[sample]:
                 try:
-                    image = open_image(self.folder.path(sample), least_training_side(self.config))
-                    return image, sample, unreadable
+                    return open_image(self.folder.path(sample), least_training_side(self.config)), sample
                 except UnreadableImage:
-                    self._known_unreadable.add(sample)
-            unreadable.append(sample)
-        return None, -1, unreadable
+                    self._unreadable[sample] = 1
+        return None, -1
 
 
 class UnreadableCount:
@@ -692,17 +688,15 @@ class UnreadableCount:
         self.samples: set[int] = set()
 
     def update(self, unreadable: np.ndarray) -> list[str]:
-        """Count a batch's column ``unreadable``; the paths that are new, to be named in the log.
+        """Take note of `TrainBatches.unreadable`; the paths that are new, to be named in the log.
 
         Raises:
-            UserError: more than ``max_share`` of the folder's images, or as many in one batch as the column
-                has places, where the search for others is given up.
+            UserError: more than ``max_share`` of the folder's images, or all of them.
         """
-        met = [int(sample) for sample in unreadable if sample >= 0]
-        new = [sample for sample in met if sample not in self.samples]
+        new = sorted({int(sample) for sample in unreadable} - self.samples)
         self.samples.update(new)
         share = len(self.samples) / len(self.folder)
-        if share > self.max_share or share == 1 or len(met) == len(unreadable):
+        if share > self.max_share or share == 1:
             names = [str(self.folder.path(sample)) for sample in sorted(self.samples)]
             raise UserError(
                 f"data.train: {len(names)} of {len(self.folder)} images cannot be read ({share:.2%}; "
@@ -787,7 +781,7 @@ class EvalBatches:
         """
         paths = [self.folder.path(int(sample)) for sample in self.samples(index)[np.asarray(labels) < 0]]
         if paths and not self.skip_unreadable:
-            raise UserError(f"{_why_unreadable(paths[0])}; mend or remove it, or give --skip-unreadable")
+            raise UserError(f"{_why_unreadable(paths[0])}; mend or remove it (or evaluate with --skip-unreadable)")
         return [str(path) for path in paths]
 
 

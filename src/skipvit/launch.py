@@ -1,26 +1,26 @@
-"""Start one training process a rank from an HCCL rank table, and look after them until the last one has ended.
+"""Start one training process a rank from an HCCL rank table and look after them until the last has ended.
 
-``bash run_distribute_train.sh RANK_TABLE [CONFIG] [key=value ...]`` runs ``main``. The same command with the same
-table is given on every server; each launcher starts and supervises the ranks of its own server.
+``bash run_distribute_train.sh RANK_TABLE [CONFIG] [key=value ...]`` runs ``main``. The same command with the
+same table is given on every server; each launcher starts and supervises the ranks of its own server.
 
 How ranks are started (``LAUNCHER=``):
 
 * ``classic``, the default on Ascend: each process gets ``RANK_TABLE_FILE``, ``RANK_SIZE``, ``RANK_ID`` and
   ``DEVICE_ID``, and HCCL reads the table itself. MindSpore 2.0 to 2.5 need it.
-* ``dynamic``, the default on CPU: a scheduler process and one worker a rank with ``MS_ROLE``, ``MS_WORKER_NUM``,
-  ``MS_SCHED_HOST``, ``MS_SCHED_PORT`` and ``MS_NODE_ID``: the very processes and variables that ``msrun`` makes
-  (mindspore/parallel/cluster/process_entity/_api.py of 2.10), without msrun in between. It is the default because
-  the ranks are then our own children: their exit codes are known, a signal reaches them, and MindSpore 2.0.0, which
-  has no msrun, works too.
-* ``msrun``: MindSpore's own starter. It kills its workers on SIGINT and exits 0, orphans them on SIGTERM and may
-  wait for ever after a failure, so each of its workers is started through ``_under_msrun``, which ties the rank back
-  to this launcher; msrun itself is never sent a signal but the last one.
+* ``dynamic``, the default on CPU: a scheduler process and one worker a rank with ``MS_ROLE``,
+  ``MS_WORKER_NUM``, ``MS_SCHED_HOST``, ``MS_SCHED_PORT`` and ``MS_NODE_ID``: the very processes and variables
+  that ``msrun`` makes (mindspore/parallel/cluster/process_entity/_api.py of 2.10), without msrun in between.
+  It is the default because the ranks are then our own children: their exit codes are known, a signal reaches
+  them, and MindSpore 2.0.0, which has no msrun, works too.
+* ``msrun``: MindSpore's own starter. It kills its workers on SIGINT and exits 0, orphans them on SIGTERM and
+  may wait for ever after a failure, so each of its workers is started through ``_under_msrun``, which ties
+  the rank back to this launcher; msrun itself is never sent a signal but the last one.
 
-Supervision: each rank in a session of its own, its output in ``rank_<i>.log`` and rank 0's on the terminal; SIGINT
-and SIGTERM are passed on once (SIGHUP as SIGTERM), ranks then have a grace period to write their checkpoint; a rank
-that fails brings all others down; whatever is left of the process tree is killed, also when it has left its session
-(PR_SET_CHILD_SUBREAPER), and ranks die with a launcher that is itself killed (PR_SET_PDEATHSIG). A failure on another
-server shows here when HCCL gives up waiting (HCCL_EXEC_TIMEOUT).
+Supervision: each rank in a session of its own, its output in ``rank_<i>.log`` and rank 0's on the terminal;
+SIGINT and SIGTERM are passed on once (SIGHUP as SIGTERM), ranks then have a grace period to write their
+checkpoint; a rank that fails brings all others down; whatever is left of the process tree is killed, also
+when it has left its session (PR_SET_CHILD_SUBREAPER), and ranks die with a launcher that is itself killed
+(PR_SET_PDEATHSIG). A failure on another server shows here when HCCL gives up waiting (HCCL_EXEC_TIMEOUT).
 
 No part of this has run on an NPU. The starts on CPU are tested on MindSpore 2.0.0 and 2.10.0.
 """
@@ -43,6 +43,7 @@ import stat
 import subprocess
 import sys
 import time
+import types
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -50,16 +51,22 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Callable, Protocol
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
-from skipvit.config import UserError
+if __name__ == "__main__" and "skipvit" not in sys.modules:
+    # Run by its path, as run_distribute_train.sh does: config.py is found without the package's __init__, which
+    # imports MindSpore. A supervisor has no use for it, and should outlive whatever it does to a rank.
+    sys.modules["skipvit"] = types.ModuleType("skipvit")
+    sys.modules["skipvit"].__path__ = [os.path.dirname(os.path.abspath(__file__))]
+
+from skipvit.config import UserError, load
 
 COMMAND = "run_distribute_train"
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The rank table
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 # 4,096 servers of 8 devices need about 5 MB; a file beyond this is no rank table.
 MAX_TABLE_BYTES = 8 * 2**20
@@ -101,12 +108,12 @@ class RankTable:
 
 
 def read_rank_table(path: str | Path) -> RankTable:
-    """Read and check an HCCL rank table, template 1 (``server_list``) or the older template 2 (``group_list``).
+    """Read and check an HCCL rank table: template 1 (``server_list``) or the older 2 (``group_list``).
 
-    The file is data of a stranger: its size is bounded before it is read and nothing in it is executed or looked up.
-    Rules from CANN's "Rank Table Configuration (Atlas training product)": 1, 2, 4 or 8 devices a server, the same
-    number on each; 2 or 4 of them within 0-3 or 4-7, which are two separate rings; device addresses are needed
-    between servers and may be left out on a single one.
+    The file is data of a stranger: its size is bounded before it is read and nothing in it is executed or
+    looked up. Rules from CANN's "Rank Table Configuration (Atlas training product)": 1, 2, 4 or 8 devices a
+    server, the same number on each; 2 or 4 of them within 0-3 or 4-7, which are two separate rings; device
+    addresses are needed between servers and may be left out on a single one.
 
     Args:
         path: The table's file.
@@ -124,9 +131,7 @@ def read_rank_table(path: str | Path) -> RankTable:
             raise UserError("the table must be a JSON object with server_list")
         status = table.get("status", "completed")
         if status == "initializing":
-            raise UserError(
-                'status is "initializing": the table is not ready yet, wait until it is "completed"'
-            )
+            raise UserError('status is "initializing": the table is not ready yet, wait until it is "completed"')
         if status != "completed":
             raise UserError(f'status must be "completed" or absent, not {_show(status)}')
         if "server_list" in table:
@@ -167,11 +172,12 @@ def _load_json(path: Path) -> Any:
 
 
 def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = dict(pairs)
-    if len(keys) < len(pairs):
-        twice = next(key for index, (key, _) in enumerate(pairs) if key in dict(pairs[:index]))
-        raise UserError(f"the key {_show(twice)} is given twice in one object")
-    return keys
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise UserError(f"the key {_show(key)} is given twice in one object")
+        found[key] = value
+    return found
 
 
 def _servers_of_template_1(table: dict[str, Any]) -> list[Server]:
@@ -184,30 +190,28 @@ def _servers_of_template_1(table: dict[str, Any]) -> list[Server]:
     server_count = _whole_number(table.get("server_count"), "server_count")
     if server_count != len(entries):
         raise UserError(f"server_count says {server_count}, server_list holds {len(entries)}")
-    servers = []
+    servers: dict[str, Server] = {}
     for number, entry in enumerate(entries, start=1):
         server_id = _server_id(entry, f"server {number} of server_list")
         place = f"server {server_id}"
-        if any(server_id == other.server_id for other in servers):
+        if server_id in servers:
             raise UserError(f"{place}: this server_id is given twice")
         if "device" not in entry:
             raise UserError(f"{place}: device is missing")
         devices = []
-        for device_number, device in enumerate(
-            _list_of_objects(entry["device"], f"{place}: device"), start=1
-        ):
+        for device_number, device in enumerate(_list_of_objects(entry["device"], f"{place}: device"), start=1):
             device_place, device_id = _device_id(device, place, device_number)
             rank = _whole_number(device.get("rank_id"), f"{device_place}: rank_id")
             devices.append(Device(rank, device_id, _address(device, "device_ip", device_place)))
-        servers.append(_server(server_id, _other_names(entry, place), devices))
-    return servers
+        servers[server_id] = _server(server_id, _other_names(entry, place), devices)
+    return list(servers.values())
 
 
 def _servers_of_template_2(table: dict[str, Any]) -> list[Server]:
     """Gather the instances of the one group by server.
 
-    Two forms are met: one instance a device with ``rank_id``, and one instance a server with several ``devices`` and
-    no ranks, which are then numbered in the order of the list.
+    Two forms are met: one instance a device with ``rank_id``, and one instance a server with several
+    ``devices`` and no ranks, which are then numbered in the order of the list.
     """
     groups = _list_of_objects(table["group_list"], "group_list")
     if len(groups) != 1:
@@ -222,19 +226,13 @@ def _servers_of_template_2(table: dict[str, Any]) -> list[Server]:
     for number, instance in enumerate(instances, start=1):
         server_id = _server_id(instance, f"instance {number} of instance_list")
         place = f"server {server_id}"
-        names, devices = found.setdefault(server_id, (_other_names(instance, place), []))
+        _, devices = found.setdefault(server_id, (_other_names(instance, place), []))
         entries = _list_of_objects(instance.get("devices"), f"{place}: devices of instance {number}")
         if ranks_given != ("rank_id" in instance) or (ranks_given and len(entries) > 1):
-            raise UserError(
-                f"{place}: instance {number}: either each instance is one device with rank_id, or none has"
-            )
+            raise UserError(f"{place}: instance {number}: either each instance is one device with rank_id, or none has")
         for device in entries:
             device_place, device_id = _device_id(device, place, len(devices) + 1)
-            rank = (
-                _whole_number(instance["rank_id"], f"{device_place}: rank_id")
-                if ranks_given
-                else rank_by_position
-            )
+            rank = _whole_number(instance["rank_id"], f"{device_place}: rank_id") if ranks_given else rank_by_position
             rank_by_position += 1
             devices.append(Device(rank, device_id, _address(device, "device_ip", device_place)))
     counts = {
@@ -255,16 +253,14 @@ def _server(server_id: str, other_names: tuple[str, ...], devices: list[Device])
     """Check the devices of one server against each other."""
     place = f"server {server_id}"
     ids = [device.device_id for device in devices]
-    for device_id in ids:
-        if ids.count(device_id) > 1:
+    for number, device_id in enumerate(ids[:9]):
+        if device_id in ids[:number]:
             raise UserError(f"{place}: device {device_id} is given twice")
     if len(ids) not in DEVICES_PER_SERVER:
         raise UserError(f"{place}: {len(ids)} devices; a server takes part with 1, 2, 4 or 8")
     if len(ids) in (2, 4) and len({device_id // 4 for device_id in ids}) > 1:
         listed = ", ".join(map(str, sorted(ids)))
-        raise UserError(
-            f"{place}: devices {listed}: {len(ids)} devices must all lie within 0-3 or within 4-7"
-        )
+        raise UserError(f"{place}: devices {listed}: {len(ids)} devices must all lie within 0-3 or within 4-7")
     return Server(server_id, other_names, tuple(sorted(devices, key=lambda device: device.rank)))
 
 
@@ -280,20 +276,16 @@ def _check_across_servers(servers: list[Server]) -> None:
             places[device.rank] = place
             if device.address is None:
                 if len(servers) > 1:
-                    raise UserError(
-                        f"{place}: device_ip is missing; with more than one server each device needs it"
-                    )
+                    raise UserError(f"{place}: device_ip is missing; with more than one server each device needs it")
             elif device.address in addresses:
-                raise UserError(
-                    f"{place}: device_ip {device.address} is already that of {addresses[device.address]}"
-                )
+                raise UserError(f"{place}: device_ip {device.address} is already that of {addresses[device.address]}")
             else:
                 addresses[device.address] = place
     last, place = max(places.items())
     if last != len(places) - 1:
         gap = next(rank for rank in range(len(places)) if rank not in places)
         raise UserError(
-            f"{place}: rank_id {last}, but no device has rank_id {gap}: {len(places)} ranks are 0 to {len(places) - 1}"
+            f"{place}: rank_id {last}, but no device has rank_id {gap}; {len(places)} ranks are 0 to {len(places) - 1}"
         )
     for server in servers:
         if len(server.devices) != len(servers[0].devices):
@@ -309,16 +301,14 @@ def _server_id(entry: dict[str, Any], place: str) -> str:
     if server_id is None:
         raise UserError(f"{place}: server_id is missing")
     if not isinstance(server_id, str) or not SERVER_NAME.fullmatch(server_id):
-        raise UserError(
-            f"{place}: server_id must be text, an address or a name such as node_0, not {_show(server_id)}"
-        )
+        raise UserError(f"{place}: server_id must be text, an address or a name such as node_0, not {_show(server_id)}")
     if re.fullmatch(r"[0-9.]+", server_id) and _normal_name(server_id) is None:
         raise UserError(f"server {server_id}: server_id is not a well-formed address")
     return server_id
 
 
 def _other_names(entry: dict[str, Any], place: str) -> tuple[str, ...]:
-    """The host's addresses other than server_id; ``server_ip`` is what MindCluster writes for a pod's address."""
+    """The host's addresses beside server_id; ``server_ip`` is how MindCluster writes a pod's."""
     found = (_address(entry, key, place) for key in ("container_ip", "host_ip", "server_ip"))
     return tuple(address for address in found if address is not None)
 
@@ -374,9 +364,9 @@ def _show(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Which server of the table is this machine
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def find_server(table: RankTable, machine_names: Sequence[str], server_id: str | None = None) -> Server:
@@ -392,9 +382,7 @@ def find_server(table: RankTable, machine_names: Sequence[str], server_id: str |
     """
     looked_for = [server_id] if server_id else list(machine_names)
     wanted = {_normal_name(name) or name.lower() for name in looked_for}
-    found = [
-        server for server in table.servers if wanted & {_normal_name(n) or n.lower() for n in _names(server)}
-    ]
+    found = [server for server in table.servers if wanted & {_normal_name(n) or n.lower() for n in _names(server)}]
     if len(found) == 1:
         return found[0]
     held = ", ".join("/".join(_names(server)) for server in table.servers[:16])
@@ -412,9 +400,7 @@ def this_machine() -> list[str]:
     """This machine's host names and the addresses of its interfaces."""
     names = [socket.gethostname(), socket.gethostname().split(".")[0], socket.getfqdn()]
     for addresses in psutil.net_if_addrs().values():
-        names += [
-            address.address for address in addresses if address.family in (socket.AF_INET, socket.AF_INET6)
-        ]
+        names += [address.address for address in addresses if address.family in (socket.AF_INET, socket.AF_INET6)]
     return list(dict.fromkeys(names))
 
 
@@ -430,15 +416,15 @@ def _normal_name(name: str) -> str | None:
         return None
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What each rank is given
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 # Left over from another start these would send a rank to the wrong job.
 INHERITED_NO_MORE = (
-    "RANK_TABLE_FILE MINDSPORE_HCCL_CONFIG_PATH RANK_SIZE RANK_ID DEVICE_ID "
-    "MS_ROLE MS_WORKER_NUM MS_NODE_ID MS_SCHED_HOST MS_SCHED_PORT"
-).split()
+    *("RANK_TABLE_FILE", "MINDSPORE_HCCL_CONFIG_PATH", "RANK_SIZE", "RANK_ID", "DEVICE_ID"),
+    *("MS_ROLE", "MS_WORKER_NUM", "MS_NODE_ID", "MS_SCHED_HOST", "MS_SCHED_PORT"),
+)
 MSRUN_PORT = 8118  # msrun's default; servers of one job must agree on it without asking each other
 LAUNCHERS = {"Ascend": ("classic", "dynamic", "msrun"), "CPU": ("dynamic", "msrun")}
 
@@ -452,8 +438,8 @@ class Settings:
         launcher: ``LAUNCHER``: classic (default on Ascend), dynamic (default on CPU) or msrun.
         server_id: ``SERVER_ID``, where a server cannot find itself in the table.
         scheduler_port: ``MS_SCHED_PORT``; by default a free one on CPU and 8118 on Ascend.
-        stop_grace: ``STOP_GRACE``: seconds that ranks have to write a checkpoint after Ctrl-C or SIGTERM; by default
-            30 on CPU and 120 on Ascend, where a whole sink has to return first.
+        stop_grace: ``STOP_GRACE``: seconds that ranks have to write a checkpoint after Ctrl-C or SIGTERM; by
+            default 30 on CPU and 120 on Ascend, where a whole sink has to return first.
         python: ``SKIPVIT_PYTHON``: what the ranks are run with; by default the Python this runs in.
     """
 
@@ -524,8 +510,8 @@ def local_servers(table: RankTable, settings: Settings) -> tuple[Server, ...]:
 def place_scheduler(table: RankTable, local: Sequence[Server], settings: Settings) -> Scheduler | None:
     """Address and port of the scheduler, or None for the classic start, which has none.
 
-    It runs on the server of rank 0, at the first of ``container_ip``, ``host_ip``, ``server_id`` that is an address or
-    can be resolved to one; everything that runs on one machine meets at 127.0.0.1.
+    It runs on the server of rank 0, at the first of ``container_ip``, ``host_ip``, ``server_id`` that is an
+    address or can be resolved to one; everything that runs on one machine meets at 127.0.0.1.
 
     Raises:
         UserError: The port is taken here, or the first server has no address.
@@ -541,15 +527,13 @@ def place_scheduler(table: RankTable, local: Sequence[Server], settings: Setting
         found = next((address for address in resolved if address), None)
         if found is None:
             raise UserError(
-                f"rank table {table.path}: server {first.server_id}: its ranks meet the others at its address, "
-                "which is not in the table and cannot be resolved; give host_ip"
+                f"rank table {table.path}: server {first.server_id}: all ranks meet there, but its address "
+                "is not in the table and cannot be resolved; give host_ip"
             )
         host = found
     port = settings.scheduler_port
     if port is None:
         port = _free_port(host) if settings.device_target == "CPU" else MSRUN_PORT
-    elif not here and settings.device_target == "CPU":
-        raise AssertionError("on CPU every server is here")
     if here and not _is_free(host, port):
         raise UserError(
             f"port {port} of {host} is taken, perhaps by another job; choose another with MS_SCHED_PORT= "
@@ -574,8 +558,8 @@ def plan_ranks(
         settings: What the environment decides.
         scheduler: Where they meet; None for the classic start.
         environment: What the ranks inherit.
-        cores: The cores this process may use; shared out in equal, neighbouring parts. With fewer cores than ranks
-            every rank may use all.
+        cores: The cores this process may use; shared out in equal, neighbouring parts. With fewer cores than
+            ranks every rank may use all.
     """
     inherited = {key: value for key, value in environment.items() if key not in INHERITED_NO_MORE}
     members = sorted(
@@ -644,17 +628,17 @@ def _is_free(host: str, port: int) -> bool:
     return True
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Processes, and what they print
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 LIBC = ctypes.CDLL(None, use_errno=True)
 TAIL_LINES = 20
 PIPE_BYTES = 2**16
-# What MindSpore prints of itself. Below an exception these lines follow the error that counts; and what is no error
-# stays in the log and off the terminal.
+# What MindSpore prints of itself. Below an exception these lines follow the error that counts; and what is no
+# error stays in the log and off the terminal.
 FRAMEWORK_LINE = re.compile(rb"\[(DEBUG|INFO|WARNING|ERROR|CRITICAL|EVENT)\] ")
 FRAMEWORK_CHATTER = re.compile(rb"\[(DEBUG|INFO|WARNING|EVENT)\] ")
 
@@ -662,13 +646,11 @@ FRAMEWORK_CHATTER = re.compile(rb"\[(DEBUG|INFO|WARNING|EVENT)\] ")
 class _Output:
     """Copies what a process prints to its log, line by line, and rank 0's to the terminal.
 
-    Standard output goes to standard output and standard error to standard error, so that the last line of standard
-    output is the rank's.
+    Standard output goes to standard output and standard error to standard error, so that the last line of
+    standard output is the rank's.
     """
 
-    def __init__(
-        self, log_path: Path, on_terminal: bool = False, counted: re.Pattern[bytes] | None = None
-    ) -> None:
+    def __init__(self, log_path: Path, on_terminal: bool = False, counted: re.Pattern[bytes] | None = None) -> None:
         self.log_path = log_path
         self.on_terminal = on_terminal
         self.last_lines: deque[str] = deque(maxlen=TAIL_LINES)
@@ -802,14 +784,15 @@ def _say(line: str) -> None:
         print(f"{COMMAND}: {line}", file=sys.stderr, flush=True)
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Supervision
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 POLL_SECONDS = 0.1
 # After a failure there is no next step to wait for, but a checkpoint that is being written may be finished.
 FAILURE_GRACE = 10.0
-# Bad input is met by every rank within moments: let them all say so, and the message is nobody's in particular.
+# Bad input is met by every rank within moments: let them all say so, and the message is nobody's in
+# particular.
 SETTLE_SECONDS = 5.0
 # A scheduler that has gone while ranks go on: either they are about to end too, or they will wait for ever.
 HELPER_PATIENCE = 10.0
@@ -834,6 +817,7 @@ class Supervisor:
     """
 
     def __init__(self, log_dir: Path, stop_grace: float) -> None:
+        """Logs go to ``log_dir``; after a signal ranks have ``stop_grace`` seconds."""
         self.log_dir = log_dir
         self.stop_grace = stop_grace
         self.ranks: list[_Rank] = []
@@ -850,6 +834,7 @@ class Supervisor:
         self._old_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Supervisor:
+        """Take signals, and what our descendants leave behind."""
         self._not_ours = {child.pid for child in psutil.Process().children()}
         LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -858,6 +843,7 @@ class Supervisor:
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Leave no process."""
         left = self._kill_everything()
         if left:
             _say(f"processes {left} do not end even when killed; they may hold their devices")
@@ -884,7 +870,7 @@ class Supervisor:
         program: Sequence[str],
         may_start: Callable[[int], bool] = lambda started: True,
     ) -> None:
-        """Start the ranks in order, each when ``may_start(ranks started so far)``, or after 30 seconds in any case."""
+        """Start the ranks in order, each when ``may_start(how many have started)``, or after 30 seconds."""
         self._pending.extend((plan, program) for plan in plans)
         self._may_start = may_start
         self._start_deadline = time.monotonic() + START_PATIENCE
@@ -897,8 +883,8 @@ class Supervisor:
         """Wait for the ranks.
 
         Returns:
-            0 when every rank ended well. After a failure the worst exit code of the ranks that failed of themselves,
-            after a signal the worst of all; 128 + n stands for an end by signal n.
+            0 when every rank ended well. After a failure the worst exit code of the ranks that failed of
+            themselves, after a signal the worst of all; 128 + n stands for an end by signal n.
         """
         while self._pending or any(rank.exit_code is None for rank in self.ranks):
             self._start_next()
@@ -913,7 +899,7 @@ class Supervisor:
                 break
         forced = [rank for rank in self.ranks if rank.exit_code is None]
         self._kill_everything()
-        while any([output.copy() for output in self._outputs()]):
+        while sum(output.copy() for output in self._outputs()):
             pass
         if self._stop is not None and self._stop.reason == "signal":
             for rank in forced:
@@ -923,13 +909,11 @@ class Supervisor:
         failed = self._stop.failed if self._stop else tuple(rank for rank in self.ranks if rank.exit_code)
         if failed:
             return self._report(failed)
-        if self._stop is not None:
-            assert self._helper is not None and self.helper_output is not None
+        if self._stop is not None and self._helper is not None and self.helper_output is not None:
             code = _exit_code(self._helper.returncode)
             self._show_log(self.helper_output)
-            _say(
-                f"the {self.helper_output.log_path.stem} {_how_it_ended(code)} before the ranks; they were stopped"
-            )
+            name = self.helper_output.log_path.stem
+            _say(f"the {name} {_how_it_ended(code)} before the ranks; they were stopped")
             return code or 1
         return 0
 
@@ -1007,7 +991,7 @@ class Supervisor:
             output.copy()
 
     def _kill_everything(self) -> list[int]:
-        """Kill all descendants, also those that left their session; return the ids of those that do not die."""
+        """Kill all descendants, also those that left their session; return the ids that do not die."""
         processes = [self._helper, *(rank.process for rank in self.ranks)]
         own = {process.pid: process for process in processes if isinstance(process, subprocess.Popen)}
         deadline = time.monotonic() + KILL_PATIENCE
@@ -1058,11 +1042,12 @@ def _popen(
     return process
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The dynamic start: a scheduler and the ranks
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
-# In PyNative mode, its default, 2.0.0 refuses: "PyNative mode is not supported in dynamic networking for now."
+# In PyNative mode, its default, 2.0.0 refuses: "PyNative mode is not supported in dynamic networking for
+# now."
 SCHEDULER_PROGRAM = (
     "import mindspore; from mindspore.communication import init; "
     "mindspore.set_context(mode=mindspore.GRAPH_MODE, device_target='CPU'); init('mccl')"
@@ -1086,9 +1071,10 @@ def start_dynamic(
         program: What each of them runs.
         scheduler: Where they meet.
         python: Runs the scheduler.
-        one_by_one: Start each rank when the one before has registered. MindSpore 2.0.0 needs it: it numbers ranks in
-            the order in which they register, whatever MS_NODE_ID says, and when they register together it lost a
-            reply in about half of the trials (2 ranks, 2 cores) and ended in "The node: 0 is timed out".
+        one_by_one: Start each rank when the one before has registered. MindSpore 2.0.0 needs it: it numbers
+            ranks in the order in which they register, whatever MS_NODE_ID says, and when they register
+            together it lost a reply in about half of the trials (2 ranks, 2 cores) and ended in "The node: 0
+            is timed out".
     """
     if not scheduler.here:
         supervisor.start_ranks(plans, program)
@@ -1124,9 +1110,9 @@ def _is_listening(port: int) -> bool:
     return any(re.search(rf":{port:04X} [0-9A-F]+:0000 0A ", table) for table in tables)
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The start through msrun
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 UNDER_MSRUN = "--under-msrun"
 
@@ -1162,7 +1148,8 @@ class _Control:
 
     def read(self) -> None:
         with contextlib.suppress(BlockingIOError):
-            # Reports are far below PIPE_BUF, so that each arrives whole; both ends stay open as long as we live.
+            # Reports are far below PIPE_BUF, so that each arrives whole; both ends stay open as long as we
+            # live.
             for line in os.read(self._read_end, PIPE_BYTES).decode().splitlines():
                 rank, what, value = line.split()
                 setattr(self.ranks[int(rank)], what, int(value))
@@ -1177,7 +1164,8 @@ def start_msrun(
 ) -> None:
     """Let msrun start scheduler and ranks, each through ``_under_msrun``.
 
-    Only options that msrun has had since MindSpore 2.3 are used. CPU shares and logs are set by the wrapper.
+    Of msrun's options the oldest are used, which releases before 2.10 should have too. Devices, cores and logs are
+    set by the wrapper.
 
     Raises:
         UserError: There is no msrun, or the table numbers its ranks in a way that msrun cannot.
@@ -1190,7 +1178,8 @@ def start_msrun(
     node_rank, misplaced = divmod(plans[0].rank, len(plans))
     if misplaced or [plan.rank for plan in plans] != list(range(plans[0].rank, plans[0].rank + len(plans))):
         raise UserError(
-            f"server {plans[0].server_id}: LAUNCHER=msrun numbers ranks server by server; LAUNCHER=dynamic takes others"
+            f"server {plans[0].server_id}: LAUNCHER=msrun numbers ranks server by server; "
+            "this table needs LAUNCHER=dynamic"
         )
     control = _Control()
     orders = {}
@@ -1213,10 +1202,10 @@ def start_msrun(
         f"--node_rank={node_rank}",
         f"--log_dir={supervisor.log_dir / 'msrun'}",
         "--join=True",
-        *("python", "-m", "skipvit.launch", UNDER_MSRUN, order, *program),
+        *(str(Path(__file__).resolve()), UNDER_MSRUN, order, *program),
     ]
     environment = {key: value for key, value in plans[0].environment.items() if key not in INHERITED_NO_MORE}
-    environment["PATH"] = path  # msrun runs the first python it finds there
+    environment["PATH"] = path  # msrun runs __file__ with the first python it finds there
     supervisor.start_helper("msrun", command, environment)
 
 
@@ -1250,30 +1239,19 @@ def _is_running(pid: int) -> bool:
     return False
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The command
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEFAULT_CONFIG = {"Ascend": "configs/imagenet/skipvit_small.yaml", "CPU": "configs/clutter/skipvit.yaml"}
-DEFAULT_OUTPUT = "runs/distributed"
-OVERRIDE = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*=")
-
-HELP = """Train with one process for each rank of an HCCL rank table: the same command on every server."""
+DESCRIPTION = "Train with one process for each rank of an HCCL rank table: the same command on every server."
 EPILOG = """\
-environment (and what is used without):
-  DEVICE_TARGET    Ascend, or CPU: all ranks of the table then run on this machine (Ascend)
-  LAUNCHER         classic, dynamic or msrun (classic on Ascend, dynamic on CPU)
-  SERVER_ID        which server of the table this is (found by address or host name)
-  MS_SCHED_PORT    port where ranks of a dynamic or msrun start meet (8118 on Ascend, a free one on CPU)
-  STOP_GRACE       seconds that ranks have to write a checkpoint after Ctrl-C (120 on Ascend, 30 on CPU)
-  OMP_NUM_THREADS  threads of a rank (its share of the cores)
-  SKIPVIT_PYTHON   what the ranks are run with (the Python that runs this)
+Settings in the environment (DEVICE_TARGET, LAUNCHER, SERVER_ID, ...): bash run_distribute_train.sh --help lists them.
 
-example: 2 ranks on the CPU of this machine, for a table of 2 devices
-  DEVICE_TARGET=CPU bash run_distribute_train.sh rank_table_2p.json configs/clutter/skipvit.yaml train.max_steps=20
-
-The last line on standard output is rank 0's JSON. Exit codes: 0, 2 for bad input, otherwise the ranks' worst.
+Example, 20 steps on the CPU of this machine, with as many ranks as the table has:
+  DEVICE_TARGET=CPU bash run_distribute_train.sh rank_table_2p.json configs/clutter/skipvit.yaml \\
+      train.max_steps=20 train.output=runs/two_ranks
 """
 
 
@@ -1282,43 +1260,28 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help explains)")
 
 
-def parse_arguments(argv: Sequence[str]) -> tuple[str, str | None, list[str], Path | None]:
-    """Rank table, configuration if given, overrides, log folder if given."""
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """``rank_table``, ``config`` (None without one), ``overrides`` and ``log_dir`` (None without one)."""
     parser = _Parser(
         prog=f"bash {COMMAND}.sh",
         usage="%(prog)s [--log-dir DIR] RANK_TABLE [CONFIG] [key=value ...]",
-        description=HELP,
+        description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "rank_table", metavar="RANK_TABLE", help="an HCCL rank table, as hccl_tools writes it"
-    )
-    parser.add_argument(
-        "config",
-        metavar="CONFIG",
-        nargs="?",
-        help=f"a YAML file ({DEFAULT_CONFIG['Ascend']}, on CPU {DEFAULT_CONFIG['CPU']})",
-    )
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings other than the file's")
-    parser.add_argument(
-        "--log-dir", type=Path, help=f"one log a rank (logs below train.output=, {DEFAULT_OUTPUT})"
-    )
+    configs = f"{DEFAULT_CONFIG['Ascend']}, on CPU {DEFAULT_CONFIG['CPU']}"
+    parser.add_argument("rank_table", metavar="RANK_TABLE", help="an HCCL rank table, as hccl_tools.py writes it")
+    parser.add_argument("config", metavar="CONFIG", nargs="?", help=f"a recipe ({configs})")
+    key_help = "override any key, such as train.epochs=10"
+    parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=key_help)
+    parser.add_argument("--log-dir", type=Path, metavar="DIR", help="one log a rank (logs in the run's folder)")
     arguments = parser.parse_args(argv)
-    config, overrides = arguments.config, arguments.overrides
-    if config is not None and OVERRIDE.match(config):
-        config, overrides = None, [config, *overrides]
-    for override in overrides:
-        if not OVERRIDE.match(override):
-            raise UserError(f"{override}: after CONFIG come settings written key=value")
-    return arguments.rank_table, config, overrides, arguments.log_dir
-
-
-def default_log_dir(overrides: Sequence[str]) -> Path:
-    """``logs`` below the last ``train.output=`` of the overrides, or below ``runs/distributed``."""
-    outputs = [override.partition("=")[2] for override in overrides if override.startswith("train.output=")]
-    return Path(outputs[-1] if outputs else DEFAULT_OUTPUT) / "logs"
+    # The first is a recipe unless it is an override; the path of a recipe may hold a = too.
+    if arguments.config is not None and "=" in arguments.config and not os.path.exists(arguments.config):
+        arguments.overrides = [arguments.config, *arguments.overrides]
+        arguments.config = None
+    return arguments
 
 
 def launch(
@@ -1349,15 +1312,11 @@ def launch(
     plans = plan_ranks(table, local, settings, scheduler, environment, sorted(os.sched_getaffinity(0)))
     command = [settings.python, *program]
     with _only_one_in(log_dir), Supervisor(log_dir, settings.stop_grace) as supervisor:
+        ranks = ", ".join(str(plan.rank) for plan in plans)
         meeting = f", scheduler {scheduler.host}:{scheduler.port}" if scheduler else ""
-        ranks = (
-            f"rank {plans[0].rank}"
-            if len(plans) == 1
-            else f"ranks {', '.join(str(plan.rank) for plan in plans)}"
-        )
         _say(
-            f"{ranks} of {table.rank_count} on {settings.device_target}, {settings.launcher} start{meeting}; "
-            f"logs in {log_dir}"
+            f"ranks {ranks} of {table.rank_count} on {settings.device_target}, "
+            f"{settings.launcher} start{meeting}; logs in {log_dir}"
         )
         if scheduler is None:
             supervisor.start_ranks(plans, command)
@@ -1381,29 +1340,27 @@ def _only_one_in(log_dir: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(
-                f"{log_dir}: another launch is running in this folder; choose another train.output="
-            ) from None
+            message = f"{log_dir}: another launch is running in this folder; choose another train.output="
+            raise UserError(message) from None
         except OSError:
             pass  # a file system without locks, such as some NFS mounts
         yield
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """``run_distribute_train.sh``: returns its exit code."""
+    """The command; see ``--help``. Returns its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if len(argv) > 2 and argv[0] == UNDER_MSRUN:
         return _under_msrun(argv[1], argv[2:])
     try:
-        rank_table, config, overrides, log_dir = parse_arguments(argv)
-        if config is None:
-            config = str(REPOSITORY / DEFAULT_CONFIG[Settings.of(os.environ).device_target])
-        if not Path(config).is_file():
-            raise UserError(f"configuration {config}: there is no such file")
-        program = ["-m", "skipvit.train", config, *overrides]
-        return launch(rank_table, program, log_dir or default_log_dir(overrides))
+        arguments = parse_arguments(argv)
+        config = arguments.config or str(REPOSITORY / DEFAULT_CONFIG[Settings.of(os.environ).device_target])
+        # Loaded here too, so that a mistake in it is told once and before any rank starts.
+        output = load(config, arguments.overrides).train.output
+        program = ["-m", "skipvit.train", config, *arguments.overrides]
+        return launch(arguments.rank_table, program, arguments.log_dir or Path(output) / "logs")
     except UserError as error:
-        _say(str(error))
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
 
 

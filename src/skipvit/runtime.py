@@ -6,27 +6,18 @@ The only file that knows Ascend from CPU and one release from another (2.0.0 and
 import logging
 import os
 import platform
-from typing import Dict, Iterator, NamedTuple, Optional
+from collections.abc import Iterator
+from typing import NamedTuple, Optional
 
 # MindSpore prints its warnings to the terminal in between the progress; errors still come through.
 os.environ.setdefault("GLOG_v", "3")
 
-import mindspore as ms  # noqa: E402
-import numpy as np  # noqa: E402
-from mindspore import dtype as mstype  # noqa: E402
-from mindspore import ops  # noqa: E402
+import mindspore as ms
+import numpy as np
+from mindspore import communication, ops
+from mindspore import dtype as mstype
 
-from skipvit.config import UserError  # noqa: E402
-
-
-def device_target() -> str:
-    """``Ascend`` or ``CPU``: the environment's DEVICE_TARGET, otherwise what MindSpore was built for and finds."""
-    wanted = os.environ.get("DEVICE_TARGET")
-    if wanted is None:
-        return ms.get_context("device_target")
-    if wanted not in ("Ascend", "CPU"):
-        raise UserError(f"DEVICE_TARGET={wanted}: is neither Ascend nor CPU")
-    return wanted
+from skipvit.config import UserError
 
 
 class Process(NamedTuple):
@@ -36,54 +27,33 @@ class Process(NamedTuple):
     ranks: int
 
 
-class Sink(NamedTuple):
-    """What the host learns of a sink that has ended."""
-
-    unreadable: np.ndarray  # samples of the folder that could not be read, -1 where none
-
-
 def start(jit_level: Optional[str] = None) -> Process:
-    """Choose device and graph mode, and join the other ranks where there are any."""
-    device = device_target()
+    """Choose device and graph mode, and join the other ranks where a launcher started several (launch.py).
+
+    The device is the environment's DEVICE_TARGET, otherwise what MindSpore was built for and finds.
+    """
+    device = os.environ.get("DEVICE_TARGET") or ms.get_context("device_target")
+    if device not in ("Ascend", "CPU"):
+        raise UserError(f"DEVICE_TARGET={device}: is neither Ascend nor CPU")
+    device_id = int(os.environ.get("DEVICE_ID", "0"))
+    ms.set_context(mode=ms.GRAPH_MODE)
     if hasattr(ms, "set_device"):
-        if device == "Ascend" and "DEVICE_ID" in os.environ:
-            ms.set_device(device, int(os.environ["DEVICE_ID"]))
-        else:
-            ms.set_device(device)
-        ms.set_context(mode=ms.GRAPH_MODE)
+        ms.set_device(device, device_id if device == "Ascend" else None)
     else:
-        ms.set_context(mode=ms.GRAPH_MODE, device_target=device)
+        ms.set_context(device_target=device)
         if device == "Ascend":
-            ms.set_context(device_id=int(os.environ.get("DEVICE_ID", "0")))
+            ms.set_context(device_id=device_id)
     if jit_level is not None:
         ms.set_context(jit_config={"jit_level": jit_level})
-    return Process(rank=0, ranks=1)
-
-
-def default_sink_steps() -> int:
-    """Steps between two looks at the device: on Ascend the loop stays there (data sink), on CPU there is no such thing."""
-    return 100 if ms.get_context("device_target") == "Ascend" else 1
-
-
-def sinks(step, dataset, sink_steps: int) -> Iterator[Sink]:
-    """Run ``step`` over the dataset, ``sink_steps`` at a time; yields after each sink.
-
-    On Ascend the steps of a sink run on the device without the host (not run on Ascend); elsewhere they are called
-    one by one, with the same numbers.
-    """
-    if ms.get_context("device_target") == "Ascend":
-        columns = [name for name in dataset.get_col_names() if name != "unreadable"]
-        sink = ms.data_sink(step, dataset.project(columns), sink_size=sink_steps)
-        while True:
-            sink()
-            yield Sink(np.full(1, -1, np.int32))
-    taken = []
-    for images, targets, unreadable, *rest in dataset.create_tuple_iterator(num_epochs=1):
-        step(images, targets, *rest)
-        taken.append(unreadable.asnumpy())
-        if len(taken) == sink_steps:
-            yield Sink(np.concatenate(taken))
-            taken = []
+    ranks = int(os.environ.get("RANK_SIZE") or os.environ.get("MS_WORKER_NUM") or "1")
+    if ranks == 1:
+        return Process(rank=0, ranks=1)
+    communication.init("hccl" if device == "Ascend" else "mccl")
+    ms.set_auto_parallel_context(parallel_mode=ms.ParallelMode.DATA_PARALLEL, gradients_mean=True, device_num=ranks)
+    if device == "Ascend":
+        # Off unless asked for (DESIGN 4): gradients are reduced in blocks of this many MB.
+        ms.set_auto_parallel_context(comm_fusion={"allreduce": {"mode": "size", "config": 32}})
+    return Process(rank=communication.get_rank(), ranks=communication.get_group_size())
 
 
 def on_cpu() -> bool:
@@ -93,19 +63,57 @@ def on_cpu() -> bool:
 
 def sort_dtype():
     """What TopK sorts: float16 alone on Ascend's AI Core (DESIGN 4)."""
-    return mstype.float16 if ms.get_context("device_target") == "Ascend" else mstype.float32
-
-
-def compute_dtype(precision: str):
-    """The dtype of matrix products for ``train.precision``; ``auto`` is fp16 on Ascend and fp32 on CPU."""
-    return mstype.float16 if resolve_precision(precision) == "fp16" else mstype.float32
+    return mstype.float32 if on_cpu() else mstype.float16
 
 
 def resolve_precision(precision: str) -> str:
-    """``auto`` as what it stands for on this device."""
+    """``auto`` as what it stands for on this device: fp16 on Ascend, fp32 on CPU."""
     if precision != "auto":
         return precision
-    return "fp16" if ms.get_context("device_target") == "Ascend" else "fp32"
+    return "fp32" if on_cpu() else "fp16"
+
+
+def compute_dtype(precision: str):
+    """The dtype of matrix products for ``train.precision``."""
+    return mstype.float16 if resolve_precision(precision) == "fp16" else mstype.float32
+
+
+def default_sink_steps() -> int:
+    """Steps between two looks at the device: on Ascend the loop stays there (data sink), on CPU that does not exist."""
+    return 1 if on_cpu() else 100
+
+
+def sinks(step, dataset, sink_steps: int) -> Iterator[None]:
+    """Run ``step`` over the dataset's rows, ``sink_steps`` at a time; yields after each sink.
+
+    On Ascend the steps of a sink run on the device without the host (data sink; not run on Ascend); elsewhere they are
+    called one by one, with the same numbers.
+    """
+    if not on_cpu():
+        sink = ms.data_sink(step, dataset, sink_size=sink_steps)
+        while True:
+            sink()
+            yield
+    for taken, row in enumerate(dataset.create_tuple_iterator(num_epochs=1), 1):
+        step(*row)
+        if taken % sink_steps == 0:
+            yield
+
+
+class _SumOverRanks(ms.nn.Cell):
+    def __init__(self):
+        super().__init__()
+        self.all_reduce = ops.AllReduce()
+
+    def construct(self, values):
+        return self.all_reduce(values)
+
+
+def sum_over_ranks(values: np.ndarray, ranks: int) -> np.ndarray:
+    """The elementwise sum of every rank's counts, which must be whole numbers below 2**24 to be exact."""
+    if ranks == 1:
+        return values
+    return _SumOverRanks()(ms.Tensor(values.astype(np.float32))).asnumpy().astype(np.float64)
 
 
 def load_checkpoint(path: str):
@@ -119,7 +127,7 @@ def load_checkpoint(path: str):
         logger.setLevel(level)
 
 
-def versions() -> Dict[str, str]:
+def versions() -> dict[str, str]:
     """What a run or a measurement was made with."""
     return {
         "mindspore": ms.__version__,
@@ -128,11 +136,3 @@ def versions() -> Dict[str, str]:
         "device": ms.get_context("device_target"),
         "machine": platform.machine(),
     }
-
-
-def sum_over_ranks(values: np.ndarray, ranks: int) -> np.ndarray:
-    """The elementwise sum of every rank's ``values``: exact for counts, in float64 where there is one rank."""
-    if ranks == 1:
-        return values
-    total = ops.AllReduce()(ms.Tensor(values.astype(np.float32)))
-    return total.asnumpy().astype(np.float64)

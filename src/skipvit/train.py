@@ -240,12 +240,12 @@ class Trainer:
         progress = Progress(self.log, last_step, self.step_count, train.log_every_steps)
         result = None
         clock.start()
-        for batch in runtime.sinks(self.step, to_dataset(source), sink_steps):
+        for _ in runtime.sinks(self.step, to_dataset(source), sink_steps):
             first = clock.sink_done(sink_steps)
             if first is not None:
                 self.log.say(f"first step, compilation included: {first:.1f} s")
             self.step_count += sink_steps
-            for path in unreadable.update(batch.unreadable):
+            for path in unreadable.update(source.unreadable()):
                 self.log.say(f"warning: cannot be read, the next image took its place: {path}")
             self.note_sink(progress, clock)
             at_end = self.step_count >= last_step
