@@ -746,7 +746,7 @@ def test_ranks_share_what_one_rank_would_see(noisy, repeats):
     alone = all_items(TrainBatches(noisy, config, batch_size=8))
     for ranks in (2, 4):
         sources = [TrainBatches(noisy, config, batch_size=8 // ranks, rank=rank, ranks=ranks) for rank in range(ranks)]
-        for step, (images, targets, _) in enumerate(alone):
+        for step, (images, targets) in enumerate(alone):
             parts = [source[step] for source in sources]
             np.testing.assert_array_equal(np.concatenate([part[0] for part in parts]), images)
             np.testing.assert_array_equal(np.concatenate([part[1] for part in parts]), targets)
@@ -784,7 +784,7 @@ def test_a_restart_replays_nothing(noisy):
     config = make_config(EVERYTHING)
     columns = [("step", lambda step: np.array([step], np.float32))]
     unbroken = all_items(TrainBatches(noisy, config, batch_size=8, epochs=3, extra_columns=columns))
-    assert [row[3].item() for row in unbroken] == list(range(9))
+    assert [row[2].item() for row in unbroken] == list(range(9))
     for start in range(9):
         epoch, step = divmod(start, 3)
         rest = TrainBatches(
