@@ -129,7 +129,17 @@ def test_a_command_is_a_main_and_does_nothing_at_import(module):
 
 @pytest.mark.parametrize("module", MODULES)
 def test_nothing_is_unpickled_or_evaluated(module):
-    dangerous = {"pickle", "cPickle", "eval", "exec", "unsafe_load", "full_load", "FullLoader", "UnsafeLoader", "marshal"}
+    dangerous = {
+        "pickle",
+        "cPickle",
+        "eval",
+        "exec",
+        "unsafe_load",
+        "full_load",
+        "FullLoader",
+        "UnsafeLoader",
+        "marshal",
+    }
     named = [f"line {line}: {word}" for line, word in words_of(module) if word in dangerous]
     assert not named, f"{module}.py: {named}"
 

@@ -1,5 +1,6 @@
 """The model against the NumPy reference, and the invariances that need no reference."""
 
+import contextlib
 import functools
 import itertools
 import math
@@ -55,6 +56,16 @@ every_case = pytest.mark.parametrize("case", CASES)
 @pytest.fixture(autouse=True, scope="module")
 def graph_mode():
     runtime.start()
+
+
+@contextlib.contextmanager
+def pynative():
+    """One operator after the other, nothing compiled."""
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    try:
+        yield
+    finally:
+        runtime.start()
 
 
 def create(spans, num_classes=NUM_CLASSES, **overrides):
@@ -260,7 +271,7 @@ def test_the_cheaper_forms_of_gelu(form, monkeypatch):
     assert np.abs(exact - result.logits).max() > 5e-5 * np.abs(exact).max(), "the forms cannot be told apart here"
 
 
-@pytest.mark.parametrize(("image_size", "patch_size", "kept"), [(10, 2, 12), (21, 7, 4), (16, 4, 8), (5, 5, 1), (6, 1, 18)])
+@pytest.mark.parametrize(("image_size", "patch_size", "kept"), [(10, 2, 12), (21, 7, 4), (5, 5, 1), (6, 1, 18)])
 def test_any_image_and_patch_size_that_divide(image_size, patch_size, kept):
     sizes = {"image_size": image_size, "patch_size": patch_size}
     parameters = reference.init(5, embed_dim=WIDTH, depth=2, num_classes=7, **sizes)
@@ -281,10 +292,12 @@ def test_sizes_that_do_not_divide_are_refused():
 # ----------------------------------------------------------------- invariances
 
 
-@pytest.mark.parametrize("span", [{"keep_ratio": 1.0, "skipped": "drop"}, {"keep_ratio": 0.45, "align": 26}], ids=str)
-def test_keeping_every_token_is_the_dense_model_bit_for_bit(span):
-    net = load(create({"start": 2, "end": 4, **span}), PARAMETERS)
-    outputs, dense = Outputs(net, []).compute(), computed("dense")
+def test_keeping_every_token_is_the_dense_model_bit_for_bit():
+    spans = [
+        {"start": 1, "end": 2, "keep_ratio": 1.0},
+        {"start": 3, "end": 4, "keep_ratio": 0.45, "align": 26, "skipped": "drop"},
+    ]
+    outputs, dense = Outputs(load(create(spans), PARAMETERS), []).compute(), computed("dense")
     np.testing.assert_array_equal(outputs.logits, dense.logits)
     np.testing.assert_array_equal(outputs.features, dense.features)
     for name, gradient in dense.gradients.items():
@@ -330,11 +343,8 @@ def test_every_parameter_has_a_finite_gradient_from_the_first_step_on(case):
 
 @pytest.mark.parametrize("case", ["dense", "chosen_twice"])
 def test_graph_mode_equals_pynative(case):
-    ms.set_context(mode=ms.PYNATIVE_MODE)
-    try:
+    with pynative():
         eager = outputs_of(CASES[case][0]).compute()
-    finally:
-        runtime.start()
     assert_close(eager.logits, computed(case).logits, 1e-6)
     assert_close(eager.features, computed(case).features, 1e-6)
     for name, gradient in computed(case).gradients.items():
@@ -412,25 +422,16 @@ def test_vit_tiny_has_timm_s_parameters(kind):
     assert sum(parameter.size for parameter in net.get_parameters()) == 5_717_416
 
 
-class Kept(nn.Cell):
-    """`kept_tokens` in one graph."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-
-    def construct(self, images):
-        return self.net.kept_tokens(images)
-
-
 def test_a_skipvit_without_a_span_takes_the_recipe_s():
     net = model.create_model("skipvit_small_patch16_224", 7, **{**SIZES, "depth": 11})
-    assert Kept(net)(Tensor(IMAGES)).shape == (BATCH, config.SkipConfig().kept_count(PATCH_COUNT))
+    with pynative():
+        assert net.kept_tokens(Tensor(IMAGES)).shape == (BATCH, config.SkipConfig().kept_count(PATCH_COUNT))
 
 
 def test_a_span_may_be_given_as_a_config():
-    net = model.create_model("vit_small_patch16_224", 7, config.SkipConfig(1, 2, 0.2), **{**SIZES, "depth": 2})
-    assert Kept(net)(Tensor(IMAGES)).shape == (BATCH, 5)
+    net = model.create_model("vit_small_patch16_224", 7, config.SkipConfig(1, 2, 0.2), **SIZES)
+    with pynative():
+        assert net.kept_tokens(Tensor(IMAGES)).shape == (BATCH, 5)
 
 
 def test_a_model_that_cannot_be_is_refused_in_one_line():
@@ -601,7 +602,7 @@ if sys.argv[1] == "control":
 else:
     recipe = config.from_dict({
         "model": {"name": "skipvit_small_patch16_224", "num_classes": 11, "image_size": 15, "patch_size": 3,
-                  "embed_dim": 14, "depth": 3, "num_heads": 2, "drop_path": 0.1, "dropout": 0.1},
+                  "embed_dim": 14, "depth": 2, "num_heads": 2, "drop_path": 0.1, "dropout": 0.1},
         "skip": {"start": 1, "end": 2, "keep_ratio": 0.5},
         "optim": {"clip_norm": 1.0, "accumulate_steps": 2, "ema_decay": 0.9},
         "train": {"precision": "fp16"},
@@ -610,14 +611,15 @@ else:
     training_step = step.TrainStep(net, recipe)
     training_step(
         Tensor(np.zeros((2, 3, 15, 15), np.uint8)), Tensor(np.full((2, 11), 1 / 11, np.float32)),
-        Tensor(np.full(1, 1e-3, np.float32)), Tensor(np.ones((3, 2, 2), np.float32)),
-        Tensor(np.full((4, 3), 0.5, np.float32)))
+        Tensor(np.full(1, 1e-3, np.float32)), Tensor(np.ones((2, 2, 2), np.float32)),
+        Tensor(np.full((3, 3), 0.5, np.float32)))
 """
 
 
 def compiled_shapes(what, folder):
     """Shapes of all tensors in the validated graph that MindSpore compiles in a fresh process, as written there."""
     environment = dict(os.environ, PYTHONPATH=str(Path(model.__file__).parents[1]))
+    environment["MS_DEV_DUMP_IR_PASSES"] = "validate"  # newer releases write no other then
     script = folder / "compile.py"
     script.write_text(COMPILE)
     command = [sys.executable, str(script), what, str(folder)]

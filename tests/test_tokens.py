@@ -156,7 +156,9 @@ class Path(nn.Cell):
         return order, kept, skipped, restored, gradient
 
 
-@pytest.fixture(scope="module", params=[(1, ms.float32), (K, ms.float16), (K, ms.float32), (N - 1, ms.float32)], ids=str)
+@pytest.fixture(
+    scope="module", params=[(1, ms.float32), (K, ms.float16), (K, ms.float32), (N - 1, ms.float32)], ids=str
+)
 def path(request):
     """Inputs and outputs of a `Path`, as arrays."""
     kept_count, sort_dtype = request.param

@@ -1,8 +1,8 @@
 """Checkpoints: one ordinary MindSpore ``.ckpt``, written atomically, with its own checksum and configuration.
 
 The file holds the model's weights under their own names, the rest of the training state (``adam_m.*``, ``ema.*``,
-``state.*`` ...), the entry ``skipvit.meta`` (JSON as bytes) and ``skipvit.sha256`` over all other entries. Nothing in it
-is ever executed.
+``state.*`` ...), the entry ``skipvit.meta`` (JSON as bytes) and last ``skipvit.sha256``, over the file before it. Nothing
+in it is ever executed.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple, Union
 
 import mindspore as ms
 import numpy as np
@@ -22,7 +22,12 @@ from skipvit.model import VisionTransformer
 
 META, DIGEST = "skipvit.meta", "skipvit.sha256"
 FORMAT = 1
+# The last entry as MindSpore writes it (protobuf: name, shape, type), up to its 32 bytes. It is written and checked without
+# MindSpore, whose reader a flipped bit can crash (seen: bus error).
+DIGEST_HEADER = b"\n=\n\x0eskipvit.sha256\x12+\x08 \x12\x05UInt8\x1a "
+DIGEST_ENTRY_BYTES = len(DIGEST_HEADER) + 32
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
+FRESH = ".fresh.ckpt"  # whole, and about to become last
 
 
 @dataclass(frozen=True)
@@ -58,26 +63,27 @@ def save(path: Path, parameters: Iterable[Parameter], meta: Mapping[str, Any]) -
     """
     arrays = {parameter.name: parameter.asnumpy() for parameter in parameters}
     arrays[META] = np.frombuffer(json.dumps({"format": FORMAT, **meta}).encode(), np.uint8)
-    arrays[DIGEST] = np.frombuffer(_digest(arrays), np.uint8)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.ckpt")
     try:
         # Not to `path` itself: MindSpore deletes its target before it writes (DESIGN 5).
         entries = [{"name": name, "data": Tensor(array.copy())} for name, array in arrays.items()]
-        try:
-            ms.save_checkpoint(entries, str(temporary))
-        except RuntimeError as error:
-            raise OSError(f"{path}: cannot be written: {error}") from error
+        ms.save_checkpoint(entries, str(temporary))
+        with open(temporary, "rb+") as file:
+            file.write(_digest_entry(file.read()))
         os.chmod(temporary, 0o644)
         _sync(temporary)
         os.replace(temporary, path)
         _sync(path.parent)
+    except (OSError, RuntimeError) as error:
+        raise OSError(f"{path}: cannot be written: {error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        for left in (temporary, temporary.with_suffix(".tmp")):  # the latter is what MindSpore 2.10 writes to first
+            left.unlink(missing_ok=True)
 
 
 def save_last(folder: Path, parameters: Iterable[Parameter], meta: Mapping[str, Any]) -> Path:
     """Write ``last.ckpt``, the one before it becoming ``previous.ckpt``; killed at any moment, one of them is whole."""
-    fresh = folder / ".fresh.ckpt"
+    fresh = folder / FRESH
     save(fresh, parameters, meta)
     last = folder / LAST
     if last.exists():
@@ -99,22 +105,34 @@ def load(path: Path) -> Checkpoint:
     if path.suffix != ".ckpt":
         raise UserError(f"{path}: not a checkpoint; its name would end in .ckpt")
     try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    if META.encode() not in content:
+        raise UserError(f"{path}: no checkpoint of skipvit, or the mere beginning of one")
+    if content[-DIGEST_ENTRY_BYTES:] != _digest_entry(memoryview(content)[:-DIGEST_ENTRY_BYTES]):
+        raise UserError(
+            f"{path}: its checksum does not match, the file is truncated or damaged; take previous.ckpt or best.ckpt"
+        )
+    del content
+    try:
         arrays = {name: value.asnumpy() for name, value in runtime.load_checkpoint(str(path)).items()}
-    except Exception as error:  # MindSpore raises whatever its parser met
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{path}: cannot be read as a checkpoint, it is truncated or something else ({reason})") from error
-    if META not in arrays or DIGEST not in arrays:
-        raise UserError(f"{path}: a MindSpore file, but no checkpoint of skipvit: it carries no configuration")
-    if arrays.pop(DIGEST).tobytes() != _digest(arrays):
-        raise UserError(f"{path}: its checksum does not match, the file is damaged; take previous.ckpt or best.ckpt")
-    meta = json.loads(arrays.pop(META).tobytes().decode())
-    if meta.get("format") != FORMAT:
-        raise UserError(f"{path}: of format {meta.get('format')}, this release reads {FORMAT}")
-    return Checkpoint(path, arrays, meta, from_dict(meta["config"]))
+        del arrays[DIGEST]
+        meta = json.loads(arrays.pop(META).tobytes())
+        if meta["format"] != FORMAT:
+            raise UserError(f"of format {meta['format']}, this release reads {FORMAT}")
+        return Checkpoint(path, arrays, meta, from_dict(meta["config"]))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except Exception as error:  # whole, but not written by `save`; MindSpore raises whatever its parser met
+        raise UserError(f"{path}: cannot be read as a checkpoint of skipvit ({type(error).__name__})") from error
 
 
 def find(folder: Path) -> Tuple[Optional[Checkpoint], List[str]]:
     """The checkpoint to go on from in a run's folder: ``last``, or ``previous`` where ``last`` is missing or damaged.
+
+    Failing both, one that was killed before it became ``last``: where ``last`` was damaged, it takes the place of
+    ``previous`` for a moment.
 
     Returns:
         The checkpoint, None where there is none, and warnings for the log.
@@ -123,7 +141,7 @@ def find(folder: Path) -> Tuple[Optional[Checkpoint], List[str]]:
         UserError: there are checkpoints, and none of them is whole.
     """
     warnings: List[str] = []
-    for name in (LAST, PREVIOUS):
+    for name in (LAST, PREVIOUS, FRESH):
         if not (folder / name).exists():
             continue
         try:
@@ -159,13 +177,8 @@ def restore(parameters: Iterable[Parameter], arrays: Mapping[str, np.ndarray], p
         parameter.set_data(Tensor(arrays[parameter.name], parameter.dtype))
 
 
-def _digest(arrays: Mapping[str, np.ndarray]) -> bytes:
-    sha = hashlib.sha256()
-    for name in sorted(arrays):
-        array = arrays[name]
-        sha.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
-        sha.update(array.tobytes())
-    return sha.digest()
+def _digest_entry(before: Union[bytes, memoryview]) -> bytes:
+    return DIGEST_HEADER + hashlib.sha256(before).digest()
 
 
 def _sync(path: Path) -> None:

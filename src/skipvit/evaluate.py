@@ -3,13 +3,13 @@
 Example: ``python -m skipvit.evaluate runs/cifar10/best.ckpt --data cifar10/test``
 """
 
-import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional
 
 import numpy as np
 from mindspore import nn
@@ -17,7 +17,7 @@ from mindspore import nn
 from skipvit import checkpoint, runtime
 from skipvit.config import Config, UserError
 from skipvit.data import EvalBatches, ImageFolder, mask_path, object_patches, to_dataset
-from skipvit.log import run_command
+from skipvit.log import Parser, RunFailed, run_command
 from skipvit.model import VisionTransformer
 from skipvit.step import Normalize
 
@@ -75,6 +75,7 @@ def evaluate(
 
     Raises:
         UserError: a class that the model does not know, or an unreadable image.
+        RunFailed: the model gives no numbers.
     """
     unknown = sorted(set(folder.classes) - set(classes))
     if unknown:
@@ -93,6 +94,8 @@ def evaluate(
         unreadable += source.check(index, labels.asnumpy())
         valid = valid.asnumpy().astype(bool)
         logits = outputs[0].asnumpy()[valid]
+        if not np.isfinite(logits).all():  # sorting would make class 0 of it
+            raise RunFailed(f"{folder.root}: the model's logits are not finite, its weights are spoilt")
         wanted = label_of[labels.asnumpy()[valid]]
         best = np.argsort(-logits, axis=1, kind="stable")[:, :5]
         top1 += int((best[:, 0] == wanted).sum())
@@ -130,7 +133,7 @@ def summary(result: Result) -> Dict[str, Any]:
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """The command; see ``--help``."""
-    parser = argparse.ArgumentParser(prog="python -m skipvit.evaluate", description=__doc__)
+    parser = Parser(prog="python -m skipvit.evaluate", description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="a run's last.ckpt or best.ckpt")
     parser.add_argument("--data", type=Path, required=True, help="folder of <class>/<image>")
     parser.add_argument("--no-skip", action="store_true", help="the same weights on all tokens in every block")
@@ -140,6 +143,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     arguments = parser.parse_args(argv)
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size: {arguments.batch_size} is below 1; give 1 or more")
+    if arguments.masks is not None and not arguments.masks.is_dir():
+        raise UserError(f"--masks: {arguments.masks} is not a folder; leave it out where there are no masks")
 
     runtime.start()
     saved = checkpoint.load(arguments.checkpoint)

@@ -73,7 +73,7 @@ MAX_TABLE_BYTES = 8 * 2**20
 DEVICES_PER_SERVER = (1, 2, 4, 8)
 WHOLE_NUMBER = re.compile(r"0|[1-9][0-9]{0,5}")
 # What CANN's documents allow as server_id: a name or an address of at most 64 characters.
-SERVER_NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z._:%-]{0,63}")
+SERVER_NAME = re.compile(r"[0-9A-Za-z:][0-9A-Za-z._:%-]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -392,7 +392,7 @@ def find_server(table: RankTable, machine_names: Sequence[str], server_id: str |
     what = f"{len(found)} servers match" if found else "no server matches"
     raise UserError(
         f"rank table {table.path}: {what} {source} ({', '.join(looked_for)}); the table holds {held}; "
-        "say which one this is with SERVER_ID="
+        "say which one this is with SERVER_ID=, or run all ranks on this machine's CPU with DEVICE_TARGET=CPU"
     )
 
 
@@ -426,6 +426,7 @@ INHERITED_NO_MORE = (
     *("MS_ROLE", "MS_WORKER_NUM", "MS_NODE_ID", "MS_SCHED_HOST", "MS_SCHED_PORT"),
 )
 MSRUN_PORT = 8118  # msrun's default; servers of one job must agree on it without asking each other
+LOOPBACK = "127.0.0.1"
 LAUNCHERS = {"Ascend": ("classic", "dynamic", "msrun"), "CPU": ("dynamic", "msrun")}
 
 
@@ -520,7 +521,7 @@ def place_scheduler(table: RankTable, local: Sequence[Server], settings: Setting
         return None
     first = table.servers[0]
     here = first in local
-    host = "127.0.0.1"
+    host = LOOPBACK
     if len(local) < len(table.servers):
         candidates = [*first.other_names, first.server_id]
         resolved = (_normal_name(name) or _resolved(name) for name in candidates)
@@ -583,6 +584,10 @@ def plan_ranks(
             }
         # Lines must reach the log when they are printed, and the threads of one rank fit its cores.
         defaults = {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(max(1, len(share)))}
+        if scheduler is not None and scheduler.host == LOOPBACK:
+            # The interval of the heartbeats by which ranks learn that all have come: on one machine the default of
+            # 3 to 5 seconds, meant to spare the scheduler of a large cluster, is most of the start.
+            defaults |= {"MS_RETRY_INTERVAL_LOWER": "1", "MS_RETRY_INTERVAL_UPPER": "1"}
         plans.append(
             RankPlan(
                 device.rank,
@@ -925,7 +930,7 @@ class Supervisor:
             _say(f"{signal.Signals(self._signal).name}: the ranks have {self.stop_grace:g} seconds to end")
             stop = _Stop("signal", now + self.stop_grace, ())
         elif failed:
-            self._settled_at = self._settled_at or now + SETTLE_SECONDS
+            self._settled_at = self._settled_at or now + min(SETTLE_SECONDS, self.stop_grace)
             if all(rank.exit_code == BAD_INPUT for rank in failed) and now < self._settled_at:
                 return None
             stop = _Stop("failure", now + min(FAILURE_GRACE, self.stop_grace), failed)
@@ -1071,10 +1076,11 @@ def start_dynamic(
         program: What each of them runs.
         scheduler: Where they meet.
         python: Runs the scheduler.
-        one_by_one: Start each rank when the one before has registered. MindSpore 2.0.0 needs it: it numbers
-            ranks in the order in which they register, whatever MS_NODE_ID says, and when they register
-            together it lost a reply in about half of the trials (2 ranks, 2 cores) and ended in "The node: 0
-            is timed out".
+        one_by_one: Start each rank when the one before has registered, as MindSpore 2.0.0 needs it: it numbers
+            ranks in the order in which they register, whatever MS_NODE_ID says. Started together they also lost
+            replies of the scheduler in half of the trials there (2 ranks, 2 cores), one by one in 2 of 18; init()
+            then ends after 40 seconds with "The state of the cluster is error, total nodes num: 2, abnormal nodes
+            num: 1". 2.10.0 did not do that in any of some 20 starts.
     """
     if not scheduler.here:
         supervisor.start_ranks(plans, program)

@@ -1,5 +1,8 @@
 """What a run says: the terminal, its log file, its metrics, and how a command ends."""
 
+import argparse
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -7,13 +10,21 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Sequence
+from typing import Any, Callable, Dict, NoReturn, Optional, Sequence
 
 from tqdm import tqdm
 
 from skipvit.config import UserError
 
 _log_file: Optional[Path] = None
+
+
+class Parser(argparse.ArgumentParser):
+    """A command's arguments; wrong ones are a user's mistake like others, told in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Instead of the usage."""
+        raise UserError(f"{message}; {self.prog} --help tells what there is")
 
 
 class RunFailed(Exception):
@@ -25,24 +36,22 @@ def run_command(main: Callable[[Optional[Sequence[str]]], Any], argv: Optional[S
 
     The traceback of a mistake goes to the run's log, where a run had begun.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A file name may be no text, or none that the terminal's encoding has.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main(argv)
         return 0 if code is None else code
-    except UserError as error:
-        if _log_file is not None:
-            _append(_log_file, traceback.format_exc())
+    except (UserError, RunFailed) as error:
+        _log_traceback()
         print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
-    except RunFailed as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, UserError) else 1
     except BrokenPipeError:
         # The reader of our output (`| head`) has gone; nothing is wrong here.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except BaseException:
-        if _log_file is not None:
-            _append(_log_file, traceback.format_exc())
+        _log_traceback()
         raise
 
 
@@ -126,8 +135,14 @@ def git_commit() -> Optional[str]:
     return described.stdout.strip() or None
 
 
+def _log_traceback() -> None:
+    if _log_file is not None:
+        with contextlib.suppress(OSError):  # a full disk: what went wrong is told all the same
+            _append(_log_file, traceback.format_exc())
+
+
 def _append(path: Path, text: str) -> None:
-    with open(path, "a", encoding="utf-8") as file:
+    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
 
 

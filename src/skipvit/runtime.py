@@ -53,7 +53,11 @@ def start(jit_level: Optional[str] = None) -> Process:
     if device == "Ascend":
         # Off unless asked for (DESIGN 4): gradients are reduced in blocks of this many MB.
         ms.set_auto_parallel_context(comm_fusion={"allreduce": {"mode": "size", "config": 32}})
-    return Process(rank=communication.get_rank(), ranks=communication.get_group_size())
+    process = Process(rank=communication.get_rank(), ranks=communication.get_group_size())
+    if os.environ.get("RANK_ID", str(process.rank)) != str(process.rank):
+        # Log names and the terminal follow RANK_ID, checkpoints and metrics the rank.
+        raise UserError(f"RANK_ID={os.environ['RANK_ID']}: MindSpore numbered this process {process.rank}; start again")
+    return process
 
 
 def on_cpu() -> bool:
@@ -110,10 +114,17 @@ class _SumOverRanks(ms.nn.Cell):
 
 
 def sum_over_ranks(values: np.ndarray, ranks: int) -> np.ndarray:
-    """The elementwise sum of every rank's counts, which must be whole numbers below 2**24 to be exact."""
+    """The elementwise sum of every rank's ``values``, in float32: exact for whole numbers below 2**24."""
     if ranks == 1:
         return values
     return _SumOverRanks()(ms.Tensor(values.astype(np.float32))).asnumpy().astype(np.float64)
+
+
+def from_rank_0(number: int, process: Process) -> int:
+    """Rank 0's value of a whole number in [0, 2**32)."""
+    halves = np.array(divmod(number, 2**16)) * (process.rank == 0)
+    high, low = sum_over_ranks(halves, process.ranks)
+    return int(high) * 2**16 + int(low)
 
 
 def load_checkpoint(path: str):

@@ -139,8 +139,9 @@ class TrainStep(nn.Cell):
         ops.assign_add(self.loss_sum, loss)
         ops.assign_add(self.steps, 1)
 
-        finite = self.check_finite(gradients) if self.scales else True
+        # Before check_finite, which may double the loss scale: `scale` is the parameter itself, read where it is used.
         share = 1.0 / (scale * self.accumulate_steps)
+        finite = self.check_finite(gradients) if self.scales else True
         if self.accumulate_steps == 1:
             if finite:
                 loss = ops.depend(loss, self.update(gradients, share, rate.reshape(())))
@@ -185,7 +186,8 @@ class TrainStep(nn.Cell):
         steps, loss = int(self.steps.asnumpy()), float(self.loss_sum.asnumpy())
         overflows = int(self.overflows.asnumpy())
         for parameter in (self.steps, self.loss_sum, self.overflows):
-            parameter.set_data(ops.zeros_like(parameter))
+            # In place: set_data would part the parameter from what a graph with branches already holds of it.
+            ops.assign(parameter, ops.zeros_like(parameter))
         return loss / max(1, steps), overflows
 
     def read_loss_scale(self):

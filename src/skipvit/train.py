@@ -3,7 +3,6 @@
 Example: ``python -m skipvit.train configs/cifar10/skipvit.yaml data.train=cifar10/train data.val=cifar10/test``
 """
 
-import argparse
 import dataclasses
 import json
 import math
@@ -14,13 +13,14 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
+from mindspore import ops
 
 from skipvit import checkpoint, runtime
 from skipvit.config import Config, UserError, load
 from skipvit.data import Folders, TrainBatches, UnreadableCount, dropout_seeds, drop_path_factors
 from skipvit.data import resolve_folders, steps_per_epoch, to_dataset
 from skipvit.evaluate import Classify, Result, evaluate, summary
-from skipvit.log import Progress, RunFailed, RunLog, git_commit, run_command
+from skipvit.log import Parser, Progress, RunFailed, RunLog, git_commit, run_command
 from skipvit.model import VisionTransformer
 from skipvit.optim import learning_rate
 from skipvit.step import TrainStep
@@ -28,7 +28,7 @@ from skipvit.step import TrainStep
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """The command; see ``--help``."""
-    parser = argparse.ArgumentParser(prog="python -m skipvit.train", description=__doc__)
+    parser = Parser(prog="python -m skipvit.train", description=__doc__)
     parser.add_argument("config", metavar="CONFIG", help="a recipe, such as configs/clutter/skipvit.yaml")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="override any key, such as train.epochs=10")
     arguments = parser.parse_args(argv)
@@ -52,7 +52,9 @@ def resolve(config: Config, folders: Folders, process: runtime.Process) -> Confi
                 f"data.global_batch_size: {data.global_batch_size} does not divide among {process.ranks} ranks"
             )
         data = dataclasses.replace(data, batch_size=data.global_batch_size // process.ranks)
-    train = dataclasses.replace(train, precision=runtime.resolve_precision(train.precision))
+    # Order, augmentation and initial weights follow from the seed: rank 0's holds for all.
+    seed = runtime.from_rank_0(train.seed, process)
+    train = dataclasses.replace(train, seed=seed, precision=runtime.resolve_precision(train.precision))
     if train.sink_steps is None:
         train = dataclasses.replace(train, sink_steps=runtime.default_sink_steps())
     return config.replace(model=model, data=data, train=train)
@@ -172,12 +174,12 @@ class Trainer:
             return Classify(net, config), lambda: None
         averaged = VisionTransformer(config.model, config.skip, runtime.compute_dtype(config.train.precision))
 
+        average_of = {average.name: average for average in self.step.optimizer.averages}
+
         def refresh() -> None:
-            values = {average.name: average.asnumpy() for average in self.step.optimizer.averages}
-            parameters = list(averaged.get_parameters())
-            checkpoint.restore(
-                parameters, {item.name: values[f"ema.{item.name}"] for item in parameters}, self.folder / "ema"
-            )
+            for parameter in averaged.get_parameters():
+                # In place: the graph that evaluates holds on to the parameter's memory.
+                ops.assign(parameter, average_of[f"ema.{parameter.name}"])
 
         return Classify(averaged, config), refresh
 
@@ -245,11 +247,10 @@ class Trainer:
             if first is not None:
                 self.log.say(f"first step, compilation included: {first:.1f} s")
             self.step_count += sink_steps
+            stopping = self.note_sink(progress, clock)
             for path in unreadable.update(source.unreadable()):
                 self.log.say(f"warning: cannot be read, the next image took its place: {path}")
-            self.note_sink(progress, clock)
             at_end = self.step_count >= last_step
-            stopping = self.stop.received is not None
             if self.step_count % self.steps_per_epoch == 0 or at_end or stopping:
                 clock.pause()
                 epochs = self.step_count // self.steps_per_epoch
@@ -289,9 +290,22 @@ class Trainer:
         images = self.global_batch * optim.accumulate_steps
         return learning_rate(optim, step, self.steps_per_epoch, self.config.train.epochs, images)
 
-    def note_sink(self, progress: Progress, clock: "Clock") -> None:
-        """Look at the device once a sink: loss, overflows; tell them."""
+    def note_sink(self, progress: Progress, clock: "Clock") -> bool:
+        """Look at the device once a sink, and at the other ranks; tell loss and speed.
+
+        Returns:
+            Whether to stop: some rank has received a signal. All ranks learn of it after the same step.
+
+        Raises:
+            RunFailed: the loss is not finite.
+        """
         loss, overflows = self.step.read_sums()
+        if self.process.ranks > 1:
+            sums = np.array([loss, self.stop.received is not None])
+            loss_sum, stopping = runtime.sum_over_ranks(sums, self.process.ranks)
+            loss = loss_sum / self.process.ranks
+            if stopping and self.stop.received is None:
+                self.stop.received = signal.SIGTERM
         rate = self.rate_at(self.step_count - 1)
         if not math.isfinite(loss):
             raise RunFailed(
@@ -311,6 +325,7 @@ class Trainer:
                 **({"overflows": overflows, "loss_scale": self.step.read_loss_scale()} if self.step.scales else {}),
             }
         )
+        return self.stop.received is not None
 
     def validate(self) -> Result:
         """Top-1 and Top-5 on the validation images, told and returned."""

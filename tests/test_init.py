@@ -1,0 +1,69 @@
+"""The package's public names, and the models under mindcv's."""
+
+import re
+
+import mindcv
+import numpy as np
+import pytest
+import runs
+from mindspore import Tensor
+
+import skipvit
+from skipvit import config
+
+SIZES = {"image_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
+SPAN = {"start": 1, "end": 2, "keep_ratio": 0.45}
+
+
+def test_public_names():
+    assert set(skipvit.__all__) >= {"create_model", "SkipConfig", "VisionTransformer", "UserError"}
+    for name in skipvit.__all__:
+        assert getattr(skipvit, name) is not None
+    assert (skipvit.SkipConfig, skipvit.UserError) == (config.SkipConfig, config.UserError)
+
+
+def test_the_version_is_the_packages():
+    declared = re.search(r'^version = "(.*)"$', (runs.ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)
+    assert skipvit.__version__ == declared.group(1)
+
+
+def test_the_docstrings_example_runs():
+    net = skipvit.create_model("skipvit_small_patch16_224", num_classes=10, skip=SPAN, **SIZES)
+    assert net(Tensor(np.zeros((2, 3, 16, 16), np.float32))).shape == (2, 10)
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+@pytest.mark.parametrize("kind", ["vit", "skipvit"])
+def test_mindcv_knows_every_model(kind, size):
+    name = f"{kind}_{size}_patch16_224"
+    assert name in mindcv.list_models()
+    net = mindcv.create_model(name, num_classes=7, depth=2, skip=SPAN if kind == "skipvit" else None)
+    assert isinstance(net, skipvit.VisionTransformer)
+    width = config.SIZES[size][0]
+    assert net.cls_token.shape == (1, 1, width)
+    assert net.pos_embed.shape == (1, 197, width)
+    assert net.head.weight.shape == (7, width)
+    assert net.span_bounds == (((1, 2),) if kind == "skipvit" else ())
+
+
+def test_mindcv_gives_the_recipes_model_by_its_name_alone():
+    net = mindcv.create_model("skipvit_small_patch16_224")
+    assert sum(parameter.size for parameter in net.get_parameters()) == 22_050_664
+    default = config.SkipConfig()
+    assert net.span_bounds == ((default.start, default.end),)
+
+
+def test_mindcv_gives_the_same_weights_as_create_model():
+    ours = skipvit.create_model("skipvit_tiny_patch16_224", 5, SPAN, **SIZES)
+    theirs = mindcv.create_model("skipvit_tiny_patch16_224", num_classes=5, skip=SPAN, **SIZES)
+    for mine, other in zip(ours.get_parameters(), theirs.get_parameters()):
+        assert mine.name == other.name
+        np.testing.assert_array_equal(mine.asnumpy(), other.asnumpy())
+
+
+@pytest.mark.parametrize(
+    ("keywords", "said"), [({"pretrained": True}, "pretrained"), ({"in_channels": 1}, "in_channels")]
+)
+def test_what_mindcv_may_ask_and_we_do_not_have_is_refused(keywords, said):
+    with pytest.raises(skipvit.UserError, match=f"skipvit_tiny_patch16_224: .*{said}"):
+        mindcv.create_model("skipvit_tiny_patch16_224", **keywords)
