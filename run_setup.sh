@@ -17,6 +17,7 @@ fail() {
 choose_python() {
   if [ -n "${PYTHON:-}" ]; then
     PYTHON=$(command -v "$PYTHON") || fail "PYTHON: no such program; give a Python that has MindSpore, or unset it"
+    [ "${PYTHON#/}" != "$PYTHON" ] || PYTHON=$PWD/$PYTHON
     check_packages "$PYTHON"
   elif has_mindspore python3; then
     PYTHON=$(command -v python3)

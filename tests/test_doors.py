@@ -109,6 +109,13 @@ def test_recipe_is_of_the_callers_folder_and_may_hold_blanks_and_equals(tmp_path
     assert train_arguments(result) == ["missing.yaml"]  # train says that it is missing
 
 
+def test_python_may_be_given_below_the_callers_folder(tmp_path, recorder):
+    result = run(ROOT / "run_train.sh", "x.yaml", cwd=tmp_path, PYTHON=os.path.relpath(recorder, tmp_path))
+    assert train_arguments(result) == ["x.yaml"]
+    echo = program(tmp_path / "own" / "python", RECORDER.replace("cwd=$PWD", "$0"))
+    assert run(ROOT / "run_train.sh", cwd=tmp_path, PYTHON="own/python").stdout.splitlines()[0] == str(echo)
+
+
 def test_exit_code_is_that_of_training(tmp_path, recorder):
     assert run(ROOT / "run_train.sh", cwd=tmp_path, PYTHON=recorder, EXIT="143").returncode == 143
 

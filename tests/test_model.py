@@ -140,18 +140,18 @@ def outputs_of(spans, **overrides):
     return Outputs(load(create(spans, **overrides), PARAMETERS), spans)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def compiled(case):
     """The `Outputs` of a case; compiled once, the parameters being inputs of the graph."""
     return outputs_of(CASES[case][0])
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def computed(case):
     return compiled(case).compute()
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def expected(case):
     """The reference's result; its choice of tokens is no near tie that float32 may see otherwise."""
     result = reference.forward(PARAMETERS, IMAGES, spans=CASES[case][1], **MODEL)
@@ -166,7 +166,7 @@ def assert_close(actual, wanted, share):
 
 
 def assert_gradients(actual, wanted):
-    """Each parameter's to a thousandth. A key's bias has none (softmax ignores it), but stands with query's and value's."""
+    """Each parameter's to a thousandth; a key's bias, which softmax ignores, stands with query's and value's."""
     assert set(actual) == set(wanted)
     for name in wanted:
         assert np.abs(wanted[name]).max() > 1e-6, f"{name}: no gradient to compare"

@@ -19,7 +19,7 @@ SPANS = [Span(1, 2, 5)]
 RATE = 1e-2
 # An epsilon as large as the gradients makes AdamW's update follow their size, and not their sign alone, which for
 # the vanishing gradient of a key's bias is chance.
-OPTIM = {"weight_decay": 0.1, "epsilon": 3e-2, "ema_decay": 0.9, "clip_norm": 3.5}
+OPTIM = {"weight_decay": 0.1, "epsilon": 3e-2, "ema_decay": 0.9, "clip_norm": 2.5}
 
 PARAMETERS = reference.init(
     0,
@@ -89,7 +89,7 @@ class Run:
         return float(self.step(*(Tensor(value) for value in inputs)).asnumpy())
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def compiled(kind):
     """Runs that several tests share."""
     return {
@@ -245,7 +245,7 @@ def test_two_halves_are_one_batch():
         losses = [run(images[half], targets[half], factors[:, :, half]) for half in halves]
         without = expected.gradients(images, targets)[0]
         loss = expected(images, targets, factors)
-        assert abs(loss - without) > 1e-2 * loss, "drop path has changed nothing"
+        assert abs(loss - without) > 5e-3 * loss, "drop path has changed nothing"
         assert np.mean(losses) == pytest.approx(loss, rel=1e-4)
         assert_weights(run.state(), expected.parameters, 1e-3)
         assert run.state()["optimizer.updates"] == 1 + update
@@ -343,7 +343,7 @@ def test_eight_images_are_learnt_by_heart():
     run = run_of("single")
     images, _ = batch(20)
     targets = np.eye(NUM_CLASSES, dtype=np.float32)[np.arange(BATCH)]
-    losses = [run(images, targets, rate=3e-3) for _ in range(150)]
+    losses = [run(images, targets, rate=3e-3) for _ in range(250)]
     assert losses[0] > 1.0
     assert losses[-1] < 0.05
 

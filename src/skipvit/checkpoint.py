@@ -1,16 +1,17 @@
 """Checkpoints: one ordinary MindSpore ``.ckpt``, written atomically, with its own checksum and configuration.
 
 The file holds the model's weights under their own names, the rest of the training state (``adam_m.*``, ``ema.*``,
-``state.*`` ...), the entry ``skipvit.meta`` (JSON as bytes) and last ``skipvit.sha256``, over the file before it. Nothing
-in it is ever executed.
+``state.*`` ...), the entry ``skipvit.meta`` (JSON as bytes) and last ``skipvit.sha256``, over the file before it.
+Nothing in it is ever executed.
 """
 
 import hashlib
 import json
 import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple, Union
+from typing import Any, Optional, Union
 
 import mindspore as ms
 import numpy as np
@@ -22,8 +23,8 @@ from skipvit.model import VisionTransformer
 
 META, DIGEST = "skipvit.meta", "skipvit.sha256"
 FORMAT = 1
-# The last entry as MindSpore writes it (protobuf: name, shape, type), up to its 32 bytes. It is written and checked without
-# MindSpore, whose reader a flipped bit can crash (seen: bus error).
+# The last entry as MindSpore writes it (protobuf: name, shape, type), up to its 32 bytes. It is written and checked
+# without MindSpore, whose reader a flipped bit can crash (seen: bus error).
 DIGEST_HEADER = b"\n=\n\x0eskipvit.sha256\x12+\x08 \x12\x05UInt8\x1a "
 DIGEST_ENTRY_BYTES = len(DIGEST_HEADER) + 32
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
@@ -42,11 +43,11 @@ class Checkpoint:
     """
 
     path: Path
-    arrays: Dict[str, np.ndarray]
-    meta: Dict[str, Any]
+    arrays: dict[str, np.ndarray]
+    meta: dict[str, Any]
     config: Config
 
-    def weights(self, names: Iterable[str]) -> Dict[str, np.ndarray]:
+    def weights(self, names: Iterable[str]) -> dict[str, np.ndarray]:
         """What is evaluated and served: the moving average of each weight where there is one, else the weight."""
         names = list(names)
         missing = [name for name in names if name not in self.arrays]
@@ -128,7 +129,7 @@ def load(path: Path) -> Checkpoint:
         raise UserError(f"{path}: cannot be read as a checkpoint of skipvit ({type(error).__name__})") from error
 
 
-def find(folder: Path) -> Tuple[Optional[Checkpoint], List[str]]:
+def find(folder: Path) -> tuple[Optional[Checkpoint], list[str]]:
     """The checkpoint to go on from in a run's folder: ``last``, or ``previous`` where ``last`` is missing or damaged.
 
     Failing both, one that was killed before it became ``last``: where ``last`` was damaged, it takes the place of
@@ -140,7 +141,7 @@ def find(folder: Path) -> Tuple[Optional[Checkpoint], List[str]]:
     Raises:
         UserError: there are checkpoints, and none of them is whole.
     """
-    warnings: List[str] = []
+    warnings: list[str] = []
     for name in (LAST, PREVIOUS, FRESH):
         if not (folder / name).exists():
             continue

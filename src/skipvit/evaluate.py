@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Optional
 
 import numpy as np
 from mindspore import nn
@@ -43,7 +43,7 @@ class Result:
     top5: float
     images: int
     images_per_second: float
-    unreadable: List[str]
+    unreadable: list[str]
     object_kept: Optional[float] = None  # share of the object's patches that the first span kept, mean over images
     random_kept: Optional[float] = None  # what a random choice of as many patches keeps
 
@@ -79,15 +79,15 @@ def evaluate(
     """
     unknown = sorted(set(folder.classes) - set(classes))
     if unknown:
-        raise UserError(f"{folder.root}: class {unknown[0]} is none of the model's {len(classes)}: {', '.join(classes[:5])} …")
+        raise UserError(
+            f"{folder.root}: class {unknown[0]} is none of the model's {len(classes)}: {', '.join(classes[:5])} …"
+        )
     label_of = np.array([list(classes).index(name) for name in folder.classes])
-    source = EvalBatches(
-        folder, config, batch_size=batch_size, rank=rank, ranks=ranks, skip_unreadable=skip_unreadable
-    )
+    source = EvalBatches(folder, config, batch_size=batch_size, rank=rank, ranks=ranks, skip_unreadable=skip_unreadable)
     top1 = top5 = images = 0
-    kept_shares: List[float] = []
+    kept_shares: list[float] = []
     kept_count = 0
-    unreadable: List[str] = []
+    unreadable: list[str] = []
     started = time.perf_counter()
     for index, (batch, labels, valid) in enumerate(to_dataset(source).create_tuple_iterator(num_epochs=1)):
         outputs = classify(batch)
@@ -124,7 +124,7 @@ def evaluate(
     )
 
 
-def summary(result: Result) -> Dict[str, Any]:
+def summary(result: Result) -> dict[str, Any]:
     """The result as the JSON line has it: what was not measured is left out."""
     plain = asdict(result)
     plain["unreadable"] = len(result.unreadable)

@@ -9,8 +9,9 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Callable, Dict, NoReturn, Optional, Sequence
+from typing import Any, Callable, NoReturn, Optional
 
 from tqdm import tqdm
 
@@ -27,7 +28,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; {self.prog} --help tells what there is")
 
 
-class RunFailed(Exception):
+class RunFailed(Exception):  # noqa: N818 - it is the run that failed
     """A run that cannot go on through no fault of its input (exit 1): what happened, and what may help."""
 
 
@@ -82,7 +83,7 @@ class RunLog:
             sys.stdout.flush()
             _append(self.folder / "train.log", f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
 
-    def metrics(self, record: Dict[str, Any]) -> None:
+    def metrics(self, record: dict[str, Any]) -> None:
         """One line for programs."""
         if self.folder is not None:
             _append(self.folder / "metrics.jsonl", json.dumps(record) + "\n")

@@ -34,7 +34,7 @@ class Linear(nn.Cell):
         """See the class."""
         rows = x.reshape(-1, self.in_dim).astype(self.dtype)
         y = self.affine(rows, self.weight.astype(self.dtype), self.bias.astype(self.dtype))
-        return y.reshape(x.shape[:-1] + (self.out_dim,))
+        return y.reshape(x.shape[:-1] + (self.out_dim,))  # noqa: RUF005 - MindSpore 2.0.0 parses no starred tuple
 
 
 class LayerNorm(nn.Cell):
@@ -167,7 +167,7 @@ class Block(nn.Cell):
 
 
 class PatchEmbed(nn.Cell):
-    """Images to patch tokens by reshape and matrix product: the strided convolution's numbers at a fraction of its cost.
+    """Images to patch tokens by reshape and matrix product: a strided convolution's numbers at a fraction of its cost.
 
     The weight keeps the convolution's shape ``(D, 3, p, p)``, as timm has it.
     """
@@ -269,7 +269,7 @@ class VisionTransformer(nn.Cell):
             order = token_path.rank(token_path.cls_attention(query, key), self.sort_dtype)
             kept, skipped = self.splits[index](x, order, token_path.inverse(order, self.sort_dtype))
             places = token_path.gather(ops.expand_dims(places, -1), order)[:, :, 0]
-            kept_places += (places[:, : kept.shape[1] - 1],)
+            kept_places += (places[:, : kept.shape[1] - 1],)  # type: ignore[assignment]
             # Middle blocks, kept tokens only.
             for i in range(start, end):
                 kept, _, _ = self.run_block(i, kept, drop_path, dropout_seeds)
@@ -351,8 +351,8 @@ def create_model(name, num_classes=1000, skip=None, *, dtype=mstype.float32, see
     Args:
         name: ``vit_{tiny,small,base}_patch16_224`` or ``skipvit_{tiny,small,base}_patch16_224``.
         num_classes: C.
-        skip: a mapping or SkipConfig, or a list of them; None: a ``skipvit_*`` name takes the recipe's span, a ``vit_*``
-            name none.
+        skip: a mapping or SkipConfig, or a list of them; None: a ``skipvit_*`` name takes the recipe's span, a
+            ``vit_*`` name none.
         dtype: of the matrix products, float32 or float16.
         seed: of the initial weights.
         **overrides: any key of the section ``model``, such as ``image_size=32, patch_size=4, depth=6``.

@@ -84,8 +84,8 @@ class TrainStep(nn.Cell):
         config: ``optim`` (AdamW, clipping, accumulation, EMA), ``data.mean`` and ``data.std``, ``train.precision``.
         ranks: data-parallel processes. Their gradients are averaged before clipping.
 
-    ``step(images, targets, rate, ...)`` returns the loss of this rank's batch, a float32 scalar. Every parameter of this
-    Cell belongs to the state of a run: weights, moments, averages, accumulated gradients, loss scale, counters.
+    ``step(images, targets, rate, ...)`` returns the loss of this rank's batch, a float32 scalar. Every parameter of
+    this Cell belongs to the state of a run: weights, moments, averages, accumulated gradients, loss scale, counters.
     """
 
     def __init__(self, net, config: Config, ranks=1):

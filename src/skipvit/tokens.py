@@ -69,7 +69,9 @@ def inverse(order, sort_dtype):
         ``(B, N)`` int32 with ``inverse[b, order[b, i]] == i``.
     """
     num_patches = order.shape[1]
-    _, positions = ops.TopK(sorted=True)((float(num_patches) - order.astype(mstype.float32)).astype(sort_dtype), num_patches)
+    _, positions = ops.TopK(sorted=True)(
+        (float(num_patches) - order.astype(mstype.float32)).astype(sort_dtype), num_patches
+    )
     return ops.stop_gradient(positions.astype(mstype.int32))
 
 

@@ -9,16 +9,25 @@ import math
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Optional
 
 import numpy as np
 from mindspore import ops
 
 from skipvit import checkpoint, runtime
 from skipvit.config import Config, UserError, load
-from skipvit.data import Folders, TrainBatches, UnreadableCount, dropout_seeds, drop_path_factors
-from skipvit.data import resolve_folders, steps_per_epoch, to_dataset
+from skipvit.data import (
+    Folders,
+    TrainBatches,
+    UnreadableCount,
+    drop_path_factors,
+    dropout_seeds,
+    resolve_folders,
+    steps_per_epoch,
+    to_dataset,
+)
 from skipvit.evaluate import Classify, Result, evaluate, summary
 from skipvit.log import Parser, Progress, RunFailed, RunLog, git_commit, run_command
 from skipvit.model import VisionTransformer
@@ -87,7 +96,9 @@ class Trainer:
         self.step_count = 0
         resumed, warnings = self.open_folder()
 
-        net = VisionTransformer(config.model, config.skip, runtime.compute_dtype(config.train.precision), config.train.seed)
+        net = VisionTransformer(
+            config.model, config.skip, runtime.compute_dtype(config.train.precision), config.train.seed
+        )
         self.step = TrainStep(net, config, process.ranks)
         if resumed is not None:
             checkpoint.restore(self.step.get_parameters(), resumed.arrays, resumed.path)
@@ -115,7 +126,7 @@ class Trainer:
         N = self.config.model.num_patches
         return f"{N - span.kept_count(N)} of them skip blocks {span.start}..{span.end - 1}"
 
-    def open_folder(self) -> Tuple[Optional[checkpoint.Checkpoint], List[str]]:
+    def open_folder(self) -> tuple[Optional[checkpoint.Checkpoint], list[str]]:
         """Make the run's folder, or find what to go on from in it.
 
         Raises:
@@ -150,7 +161,10 @@ class Trainer:
                     "give the same to go on with it, or choose another train.output"
                 )
         facts = {"global batch": self.global_batch, "training images": self.folders.train.fingerprint()}
-        saved = {"global batch": resumed.meta["global_batch"], "training images": resumed.meta["training_images"]}
+        saved = {
+            "global batch": resumed.meta.get("global_batch"),
+            "training images": resumed.meta.get("training_images"),
+        }
         for name, value in facts.items():
             if saved[name] != value:
                 raise UserError(
@@ -165,9 +179,11 @@ class Trainer:
             about = {**runtime.versions(), "git_commit": git_commit(), "ranks": self.process.ranks}
             (self.folder / "run.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
-            raise UserError(f"train.output: {self.folder} cannot be written ({error.strerror}); choose another") from None
+            raise UserError(
+                f"train.output: {self.folder} cannot be written ({error.strerror}); choose another"
+            ) from None
 
-    def evaluation_model(self, net: VisionTransformer) -> Tuple[Classify, Callable[[], None]]:
+    def evaluation_model(self, net: VisionTransformer) -> tuple[Classify, Callable[[], None]]:
         """What is validated, and what brings its weights up to date: with EMA a second model with the averages."""
         config = self.config
         if not config.optim.ema_decay:
@@ -185,7 +201,7 @@ class Trainer:
 
     def run(self) -> int:
         """Train to the end, or until a signal; the exit code."""
-        config, train = self.config, self.config.train
+        train = self.config.train
         last_step = self.total_steps
         if train.stop_after_epochs is not None:
             last_step = min(last_step, train.stop_after_epochs * self.steps_per_epoch)
@@ -198,10 +214,12 @@ class Trainer:
         else:
             self.log.say(f"nothing to do: the run already has {self.step_count} steps")
         if self.stop.received is not None:
-            self.log.say(f"stopped by signal {self.stop.received} after step {self.step_count}; resume with train.resume=auto")
+            self.log.say(
+                f"stopped by signal {self.stop.received} after step {self.step_count}; resume with train.resume=auto"
+            )
             return 128 + self.stop.received
         if result is None:
-            result = self.validate()
+            result = self.validate(record=False)
         closing = {
             "top1": result.top1,
             "epochs": self.step_count / self.steps_per_epoch,
@@ -235,9 +253,7 @@ class Trainer:
             ranks=self.process.ranks,
             extra_columns=self.step_columns(),
         )
-        sink_steps = largest_divisor(
-            math.gcd(self.steps_per_epoch, self.step_count, last_step), train.sink_steps or 1
-        )
+        sink_steps = largest_divisor(math.gcd(self.steps_per_epoch, self.step_count, last_step), train.sink_steps or 1)
         unreadable = UnreadableCount(self.folders.train, self.config.data.max_unreadable_share)
         progress = Progress(self.log, last_step, self.step_count, train.log_every_steps)
         result = None
@@ -263,7 +279,7 @@ class Trainer:
         progress.close()
         return result
 
-    def step_columns(self) -> List[Tuple[str, Callable[[int], np.ndarray]]]:
+    def step_columns(self) -> list[tuple[str, Callable[[int], np.ndarray]]]:
         """What the step takes besides images and targets, as functions of the global step."""
         config, rank, B = self.config, self.process.rank, self.config.data.batch_size
         seed = config.train.seed
@@ -277,7 +293,7 @@ class Trainer:
         def seeds(step: int) -> np.ndarray:
             return dropout_seeds(config.model, seed=seed, step=step, rank=rank)
 
-        columns: List[Tuple[str, Callable[[int], np.ndarray]]] = [("learning_rate", rate)]
+        columns: list[tuple[str, Callable[[int], np.ndarray]]] = [("learning_rate", rate)]
         if config.model.drop_path > 0:
             columns.append(("drop_path", factors))
         if config.model.dropout > 0:
@@ -327,8 +343,8 @@ class Trainer:
         )
         return self.stop.received is not None
 
-    def validate(self) -> Result:
-        """Top-1 and Top-5 on the validation images, told and returned."""
+    def validate(self, record: bool = True) -> Result:
+        """Top-1 and Top-5 on the validation images, told and returned; ``record``: and noted in the metrics."""
         self.refresh_weights()
         result = evaluate(
             self.classify,
@@ -342,7 +358,8 @@ class Trainer:
         )
         epochs = self.step_count / self.steps_per_epoch
         self.log.say(f"epoch {epochs:g}/{self.config.train.epochs}: Top-1 {result.top1:.2f}%, Top-5 {result.top5:.2f}%")
-        self.log.metrics({"step": self.step_count, "epoch": epochs, **summary(result)})
+        if record:
+            self.log.metrics({"step": self.step_count, "epoch": epochs, **summary(result)})
         return result
 
     def save(self, result: Optional[Result]) -> None:
@@ -358,11 +375,16 @@ class Trainer:
             return
         parameters = list(self.step.get_parameters())
         meta = self.meta()
-        if better:
-            checkpoint.save(self.folder / checkpoint.BEST, parameters, meta)
-        checkpoint.save_last(self.folder, parameters, meta)
+        try:
+            if better:
+                checkpoint.save(self.folder / checkpoint.BEST, parameters, meta)
+            checkpoint.save_last(self.folder, parameters, meta)
+        except OSError as error:
+            raise RunFailed(
+                f"{error}; the checkpoint before it is as it was, train.resume=auto goes on from it"
+            ) from error
 
-    def meta(self) -> Dict[str, Any]:
+    def meta(self) -> dict[str, Any]:
         """What a checkpoint says of itself."""
         return {
             "config": self.config.to_dict(),
