@@ -3,6 +3,7 @@
 The only file that knows Ascend from CPU and one release from another (2.0.0 and 2.10.0 bracket those a 910A runs).
 """
 
+import functools
 import logging
 import os
 import platform
@@ -113,11 +114,25 @@ class _SumOverRanks(ms.nn.Cell):
         return self.all_reduce(values)
 
 
+@functools.cache
+def _sum_of_ranks() -> _SumOverRanks:
+    return _SumOverRanks()  # one for all calls: another Cell would be another graph to compile
+
+
 def sum_over_ranks(values: np.ndarray, ranks: int) -> np.ndarray:
     """The elementwise sum of every rank's ``values``, in float32: exact for whole numbers below 2**24."""
     if ranks == 1:
         return values
-    return _SumOverRanks()(ms.Tensor(values.astype(np.float32))).asnumpy().astype(np.float64)
+    return _sum_of_ranks()(ms.Tensor(values.astype(np.float32))).asnumpy().astype(np.float64)
+
+
+def union_over_ranks(numbers: np.ndarray, size: int, ranks: int) -> np.ndarray:
+    """The whole numbers below ``size`` that some rank has in ``numbers``; ascending, the same on every rank."""
+    if ranks == 1 or sum_over_ranks(np.array([len(numbers)]), ranks)[0] == 0:
+        return numbers
+    present = np.zeros(size)
+    present[numbers] = 1
+    return np.flatnonzero(sum_over_ranks(present, ranks))
 
 
 def from_rank_0(number: int, process: Process) -> int:

@@ -9,12 +9,13 @@ import math
 import signal
 import sys
 import time
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Callable, Optional
 
 import numpy as np
-from mindspore import ops
+from mindspore import Tensor, ops
 
 from skipvit import checkpoint, runtime
 from skipvit.config import Config, UserError, load
@@ -70,11 +71,17 @@ def resolve(config: Config, folders: Folders, process: runtime.Process) -> Confi
 
 
 class StopSignal:
-    """SIGTERM and Ctrl-C, taken note of: the run ends after the sink that is running, having written ``last``."""
+    """SIGTERM and Ctrl-C, taken note of: the run ends after the sink that is running, having written ``last``.
+
+    ``received`` is this process's own, ``agreed`` what all ranks end for (see `Trainer.ending`).
+    """
+
+    NUMBERS = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self) -> None:
         self.received: Optional[int] = None
-        for number in (signal.SIGTERM, signal.SIGINT):
+        self.agreed: Optional[int] = None
+        for number in self.NUMBERS:
             signal.signal(number, self._note)
 
     def _note(self, number: int, _: Any) -> None:
@@ -95,6 +102,7 @@ class Trainer:
         self.best_top1 = -1.0
         self.step_count = 0
         resumed, warnings = self.open_folder()
+        self.check_same_start(resumed)
 
         net = VisionTransformer(
             config.model, config.skip, runtime.compute_dtype(config.train.precision), config.train.seed
@@ -118,13 +126,30 @@ class Trainer:
             f"classes; {self.steps_per_epoch} steps an epoch of {process.ranks} x {config.data.batch_size} images; "
             f"MindSpore {runtime.versions()['mindspore']} on {runtime.versions()['device']}, {config.train.precision}"
         )
+        self.log.say(self.describe_schedule())
         if resumed is not None:
-            self.log.say(f"going on from {resumed.path}, step {self.step_count}/{self.total_steps}")
+            before, now = resumed.meta.get("ranks", process.ranks), process.ranks
+            other_ranks = f", with {now} rank{'s' * (now > 1)}; the run had {before}" if now != before else ""
+            self.log.say(f"going on from {resumed.path}, step {self.step_count}/{self.total_steps}{other_ranks}")
 
     def describe_span(self, span: Any) -> str:
         """A span in words."""
         N = self.config.model.num_patches
         return f"{N - span.kept_count(N)} of them skip blocks {span.start}..{span.end - 1}"
+
+    def describe_schedule(self) -> str:
+        """What depends on the batch over all ranks, and what an epoch shows, in words."""
+        optim, repeats = self.config.optim, self.config.augment.repeats
+        images = self.global_batch * optim.accumulate_steps
+        if optim.reference_batch_size:
+            peak = optim.learning_rate * images / optim.reference_batch_size
+            scaled = (
+                f"{peak:g}, {optim.learning_rate:g} scaled by {images}/{optim.reference_batch_size} images an update"
+            )
+        else:
+            scaled = f"{optim.learning_rate:g}, not scaled by the {images} images an update"
+        augmented = f"on, {repeats} times an image" if repeats > 1 else "off"
+        return f"learning rate at most {scaled}; repeated augmentation {augmented}"
 
     def open_folder(self) -> tuple[Optional[checkpoint.Checkpoint], list[str]]:
         """Make the run's folder, or find what to go on from in it.
@@ -150,6 +175,27 @@ class Trainer:
         if self.process.rank == 0:
             self.write_description()
         return resumed, warnings
+
+    def check_same_start(self, resumed: Optional[checkpoint.Checkpoint]) -> None:
+        """Refuse ranks that would not train the same, where servers share no run's folder, recipe or data.
+
+        Raises:
+            UserError: this rank differs from rank 0.
+        """
+        step = resumed.meta["step"] if resumed is not None else 0
+        of_rank_0 = runtime.from_rank_0(step, self.process)
+        if step != of_rank_0:
+            raise UserError(
+                f"train.output: {self.folder} has step {step} here and step {of_rank_0} where rank 0 runs; "
+                "all servers must see the same folder, or a copy of it"
+            )
+        images = self.folders.train
+        digest = zlib.crc32(json.dumps([self.config.identity(), self.global_batch, images.fingerprint()]).encode())
+        if digest != runtime.from_rank_0(digest, self.process):
+            raise UserError(
+                f"data.train: the recipe here, or the images in {images.root}, are not those of rank 0; "
+                "give every server the same"
+            )
 
     def check_identity(self, resumed: checkpoint.Checkpoint) -> None:
         """Refuse to go on with a run that another configuration or other data began."""
@@ -213,11 +259,10 @@ class Trainer:
             result = self.train_until(last_step, clock)
         else:
             self.log.say(f"nothing to do: the run already has {self.step_count} steps")
-        if self.stop.received is not None:
-            self.log.say(
-                f"stopped by signal {self.stop.received} after step {self.step_count}; resume with train.resume=auto"
-            )
-            return 128 + self.stop.received
+        ending = self.ending()
+        if ending is not None:
+            self.log.say(f"stopped by signal {ending} after step {self.step_count}; resume with train.resume=auto")
+            return 128 + ending
         if result is None:
             result = self.validate(record=False)
         closing = {
@@ -264,7 +309,8 @@ class Trainer:
                 self.log.say(f"first step, compilation included: {first:.1f} s")
             self.step_count += sink_steps
             stopping = self.note_sink(progress, clock)
-            for path in unreadable.update(source.unreadable()):
+            found = runtime.union_over_ranks(source.unreadable(), len(self.folders.train), self.process.ranks)
+            for path in unreadable.update(found):
                 self.log.say(f"warning: cannot be read, the next image took its place: {path}")
             at_end = self.step_count >= last_step
             if self.step_count % self.steps_per_epoch == 0 or at_end or stopping:
@@ -317,16 +363,16 @@ class Trainer:
         """
         loss, overflows = self.step.read_sums()
         if self.process.ranks > 1:
-            sums = np.array([loss, self.stop.received is not None])
-            loss_sum, stopping = runtime.sum_over_ranks(sums, self.process.ranks)
+            flags = [self.stop.received == number for number in self.stop.NUMBERS]
+            loss_sum, *counts = runtime.sum_over_ranks(np.array([loss, *flags]), self.process.ranks)
             loss = loss_sum / self.process.ranks
-            if stopping and self.stop.received is None:
-                self.stop.received = signal.SIGTERM
+            self.stop.agreed = next((number for number, count in zip(self.stop.NUMBERS, counts) if count), None)
         rate = self.rate_at(self.step_count - 1)
         if not math.isfinite(loss):
             raise RunFailed(
                 f"the loss is {loss} at step {self.step_count}, learning rate {rate:.3e}; "
-                f"{self.folder / checkpoint.LAST} is from before; a lower optim.learning_rate or optim.clip_norm=1 may help"
+                f"{self.folder / checkpoint.LAST} is from before; a lower optim.learning_rate or "
+                "optim.clip_norm=1 may help"
             )
         epoch = (self.step_count - 1) // self.steps_per_epoch
         speed = clock.images_per_second()
@@ -341,7 +387,11 @@ class Trainer:
                 **({"overflows": overflows, "loss_scale": self.step.read_loss_scale()} if self.step.scales else {}),
             }
         )
-        return self.stop.received is not None
+        return self.ending() is not None
+
+    def ending(self) -> Optional[int]:
+        """The signal that the run ends for. With several ranks all must have agreed on it, or one would end alone."""
+        return self.stop.received if self.process.ranks == 1 else self.stop.agreed
 
     def validate(self, record: bool = True) -> Result:
         """Top-1 and Top-5 on the validation images, told and returned; ``record``: and noted in the metrics."""
@@ -371,6 +421,7 @@ class Trainer:
         better = result is not None and result.top1 > self.best_top1
         if result is not None and better:
             self.best_top1 = result.top1
+        self.share_accumulated()
         if self.process.rank != 0:
             return
         parameters = list(self.step.get_parameters())
@@ -384,6 +435,13 @@ class Trainer:
                 f"{error}; the checkpoint before it is as it was, train.resume=auto goes on from it"
             ) from error
 
+    def share_accumulated(self) -> None:
+        """Give each rank the mean of what all have accumulated: rank 0 writes its own, and every rank reads that."""
+        if self.process.ranks > 1 and int(self.step.waiting.asnumpy()) > 0:
+            for total in self.step.accumulated:
+                mean = runtime.sum_over_ranks(total.asnumpy(), self.process.ranks) / self.process.ranks
+                ops.assign(total, Tensor(mean, total.dtype))
+
     def meta(self) -> dict[str, Any]:
         """What a checkpoint says of itself."""
         return {
@@ -396,6 +454,7 @@ class Trainer:
             "step_in_epoch": self.step_count % self.steps_per_epoch,
             "best_top1": self.best_top1,
             "global_batch": self.global_batch,
+            "ranks": self.process.ranks,
             "training_images": self.folders.train.fingerprint(),
             **runtime.versions(),
             "git_commit": git_commit(),

@@ -1,0 +1,38 @@
+import importlib.util
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+specification = importlib.util.spec_from_file_location("make", ROOT / "results" / "make.py")
+make = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(make)
+
+
+def test_the_readme_says_what_the_files_say():
+    readme = (ROOT / "README.md").read_text()
+    assert make.with_table(readme) == readme, "run: python results/make.py readme"
+    assert make.BEGIN in readme
+    assert len(list((ROOT / "results").glob("run_*.json"))) > 0
+
+
+def test_a_run_is_recorded_from_its_own_files(tmp_path):
+    metrics = [{"step": 1, "loss": 2.0}, {"step": 1, "epoch": 1.0, "top1": 50.0}, {"step": 2, "epoch": 2.0, "top1": 75.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(item) + "\n" for item in metrics))
+    (tmp_path / "run.json").write_text('{"mindspore": "2.10.0"}')
+    (tmp_path / "config.yaml").write_text("data: {train: a, val: b, masks: null, seed: 1}\ntrain: {output: c, epochs: 2}\n")
+    recorded = make.record(tmp_path, "bash run_train.sh")
+    assert recorded["final"] == metrics[-1]
+    assert recorded["curve"] == [[1.0, 50.0], [2.0, 75.0]]
+    assert recorded["environment"] == {"mindspore": "2.10.0"}
+    assert recorded["config"] == {"data": {"seed": 1}, "train": {"epochs": 2}}
+
+
+def test_a_changed_figure_changes_the_readme(tmp_path, monkeypatch):
+    for path in (ROOT / "results").glob("run_*.json"):
+        content = json.loads(path.read_text())
+        content["final"]["top1"] = 12.34
+        (tmp_path / path.name).write_text(json.dumps(content))
+    monkeypatch.setattr(make, "HERE", tmp_path)
+    readme = (ROOT / "README.md").read_text()
+    assert "12.34% of" in make.with_table(readme)
+    assert make.with_table(make.with_table(readme)) == make.with_table(readme)
