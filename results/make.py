@@ -42,7 +42,7 @@ def table() -> str:
     for path in sorted(HERE.glob("run_*.json")):
         run = json.loads(path.read_text())
         final, of = run["final"], run["config"]["train"]["epochs"]
-        shares = [f"{100 * final[key]:.1f}%" if key in final else "–" for key in ("object_kept", "random_kept")]
+        shares = [f"{100 * final[key]:.1f}%" if key in final else "" for key in ("object_kept", "random_kept")]
         epochs = f"{final['epoch']:g}" + ("" if final["epoch"] == of else f" of {of}")
         lines.append(
             f"| `{run['command']}` | {final['top1']:.2f}% of {final['images']} images | {epochs} | {shares[0]} "

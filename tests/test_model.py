@@ -37,12 +37,10 @@ MODEL = {"patch_size": PATCH_SIZE, "num_heads": NUM_HEADS}
 CASES = {
     "dense": ([], []),
     "rejoin": ([{"start": 2, "end": 3, "keep_ratio": 0.45}], [Span(2, 3, 11)]),
-    "rejoin_before_the_norm": ([{"start": 2, "end": 4, "keep_ratio": 0.5}], [Span(2, 4, 13)]),
-    "one_kept_from_the_first_block": ([{"start": 1, "end": 3, "keep_ratio": 0.01}], [Span(1, 3, 1)]),
-    "aligned": ([{"start": 2, "end": 3, "keep_ratio": 0.45, "align": 8}], [Span(2, 3, 15)]),
+    "one_kept_to_the_norm": ([{"start": 2, "end": 4, "keep_ratio": 0.01}], [Span(2, 4, 1)]),
     "chosen_twice": (
-        [{"start": 1, "end": 2, "keep_ratio": 0.5}, {"start": 3, "end": 4, "keep_ratio": 0.3}],
-        [Span(1, 2, 13), Span(3, 4, 8)],
+        [{"start": 1, "end": 2, "keep_ratio": 0.45, "align": 8}, {"start": 3, "end": 4, "keep_ratio": 0.3}],
+        [Span(1, 2, 15), Span(3, 4, 8)],
     ),
     "drop": ([{"start": 2, "end": 3, "keep_ratio": 0.45, "skipped": "drop"}], [Span(2, 3, 11, "drop")]),
     "rejoin_then_drop": (
@@ -50,12 +48,25 @@ CASES = {
         [Span(1, 2, 13), Span(3, 4, 8, "drop")],
     ),
 }
-every_case = pytest.mark.parametrize("case", CASES)
+# On MindSpore 2.0.0 the fast part of the suite takes the two that have most in them.
+SLOW = {"rejoin", "one_kept_to_the_norm", "drop", "rejoin_then_drop"}
+
+
+def for_cases(*cases):
+    """Parametrize a test; cases that other tests of the fast part do not compile are marked slow."""
+    marked = [pytest.param(case, marks=[pytest.mark.slow] if case in SLOW else []) for case in cases]
+    return pytest.mark.parametrize("case", marked)
+
+
+every_case = for_cases(*CASES)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def graph_mode():
     runtime.start()
+    yield
+    compiled.cache_clear()
+    computed.cache_clear()
 
 
 @contextlib.contextmanager
@@ -184,7 +195,7 @@ def test_logits_and_gradients_are_the_reference_s(case):
     assert_gradients(computed(case).gradients, reference.backward(PARAMETERS, D_LOGITS, expected(case)))
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if "drop" not in case])
+@for_cases(*(case for case in CASES if "drop" not in case))
 def test_features_are_in_image_order(case):
     assert computed(case).features.shape == (BATCH, 1 + PATCH_COUNT, WIDTH)
     assert_close(computed(case).features, expected(case).features, 1e-5)
@@ -222,6 +233,7 @@ def with_drop_path():
     return outputs_of(CASES["rejoin"][0], drop_path=0.2)
 
 
+@pytest.mark.slow
 def test_drop_path_factors_reach_both_branches_of_each_block(with_drop_path):
     assert 0 < np.sum(DROP_PATH == 0) < DROP_PATH.size / 2
     result = reference.forward(PARAMETERS, IMAGES, spans=CASES["rejoin"][1], drop_path=DROP_PATH, **MODEL)
@@ -232,6 +244,7 @@ def test_drop_path_factors_reach_both_branches_of_each_block(with_drop_path):
     assert_gradients(outputs.gradients, reference.backward(PARAMETERS, D_LOGITS, result))
 
 
+@pytest.mark.slow
 def test_where_every_path_is_dropped_the_blocks_do_nothing(with_drop_path):
     outputs = with_drop_path.compute(IMAGES, D_LOGITS, np.zeros_like(DROP_PATH))
     cls_token = PARAMETERS["cls_token"][:, 0] + PARAMETERS["pos_embed"][:, 0]
@@ -255,6 +268,7 @@ GELUS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", GELUS)
 def test_the_cheaper_forms_of_gelu(form, monkeypatch):
     gelu = GELUS[form]
@@ -271,6 +285,7 @@ def test_the_cheaper_forms_of_gelu(form, monkeypatch):
     assert np.abs(exact - result.logits).max() > 5e-5 * np.abs(exact).max(), "the forms cannot be told apart here"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("image_size", "patch_size", "kept"), [(10, 2, 12), (21, 7, 4), (5, 5, 1), (6, 1, 18)])
 def test_any_image_and_patch_size_that_divide(image_size, patch_size, kept):
     sizes = {"image_size": image_size, "patch_size": patch_size}
@@ -304,7 +319,7 @@ def test_keeping_every_token_is_the_dense_model_bit_for_bit():
         np.testing.assert_array_equal(outputs.gradients[name], gradient, err_msg=name)
 
 
-@pytest.mark.parametrize("case", ["dense", "rejoin", "chosen_twice", "drop"])
+@for_cases("dense", "rejoin", "chosen_twice", "drop")
 def test_the_order_of_patches_does_not_matter(case):
     """Patches moved together with their position embeddings give the same logits, and the same ones are kept."""
     moved = np.random.default_rng(7).permutation(PATCH_COUNT)  # place to the patch that stands there now
@@ -325,7 +340,7 @@ def test_the_order_of_patches_does_not_matter(case):
     assert np.abs(cell.compute(images).logits - logits).max() > 1e-3 * np.abs(logits).max()
 
 
-@pytest.mark.parametrize("case", ["dense", "rejoin", "one_kept_from_the_first_block", "drop"])
+@for_cases("dense", "rejoin", "one_kept_to_the_norm", "drop")
 def test_every_parameter_has_a_finite_gradient_from_the_first_step_on(case):
     """At the model's own initial weights, which are zeros here and there, and for black and glaring images."""
     cell = compiled(case)
@@ -341,7 +356,7 @@ def test_every_parameter_has_a_finite_gradient_from_the_first_step_on(case):
         assert np.abs(gradient).max() > 0, name
 
 
-@pytest.mark.parametrize("case", ["dense", "chosen_twice"])
+@for_cases("dense", "chosen_twice")
 def test_graph_mode_equals_pynative(case):
     with pynative():
         eager = outputs_of(CASES[case][0]).compute()
@@ -352,6 +367,7 @@ def test_graph_mode_equals_pynative(case):
         np.testing.assert_allclose(eager.gradients[name], gradient, rtol=0, atol=atol, err_msg=name)
 
 
+@pytest.mark.slow
 def test_float16_is_within_a_hundredth_of_float32():
     outputs = outputs_of(CASES["chosen_twice"][0], dtype=ms.float16).compute()
     for half, single in zip(outputs.kept, computed("chosen_twice").kept):
@@ -579,6 +595,7 @@ def test_dropout_is_a_function_of_its_seeds(masks_of):
         np.testing.assert_array_equal(first[name], again[name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_without_seeds_nothing_is_dropped():
     """As in evaluation, whatever the configuration's rates."""
     net = load(create(CASES["rejoin"][0], dropout=0.5, drop_path=0.5), PARAMETERS)
@@ -626,9 +643,11 @@ def compiled_shapes(what, folder):
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     (graph,) = folder.glob("*_validate_*.ir")
-    # As in `: (<Tensor[Float32], (2, 25)>, <Int64, NoShape>) -> (<Tensor[Int32], (2, 25)>)`; tuples in one TupleShape.
+    # As in `: (<Tensor[Float32], (2, 25)>, <Int64, NoShape>) -> (<Tuple[Tensor[Int32]*2], TupleShape((2, 25), (3))>)`.
+    shape = r"\([-\d, ]*\)"
     types = "\n".join(line for line in graph.read_text().splitlines() if line.startswith("      : ("))
-    return re.findall(r"\((?:-?\d+(?:, -?\d+)*)?\)", types)
+    tuples = re.findall(rf"TupleShape\(({shape}(?:, {shape})*)\)", types)
+    return re.findall(rf"Tensor\[\w+\]\]?, ({shape})", types) + re.findall(shape, "".join(tuples))
 
 
 @pytest.mark.slow

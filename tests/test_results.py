@@ -16,10 +16,11 @@ def test_the_readme_says_what_the_files_say():
 
 
 def test_a_run_is_recorded_from_its_own_files(tmp_path):
-    metrics = [{"step": 1, "loss": 2.0}, {"step": 1, "epoch": 1.0, "top1": 50.0}, {"step": 2, "epoch": 2.0, "top1": 75.0}]
+    metrics = [{"step": 1, "loss": 2.0}, {"epoch": 1.0, "top1": 50.0}, {"epoch": 2.0, "top1": 75.0}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(item) + "\n" for item in metrics))
     (tmp_path / "run.json").write_text('{"mindspore": "2.10.0"}')
-    (tmp_path / "config.yaml").write_text("data: {train: a, val: b, masks: null, seed: 1}\ntrain: {output: c, epochs: 2}\n")
+    sections = "data: {train: a, val: b, masks: null, seed: 1}\ntrain: {output: c, epochs: 2}\n"
+    (tmp_path / "config.yaml").write_text(sections)
     recorded = make.record(tmp_path, "bash run_train.sh")
     assert recorded["final"] == metrics[-1]
     assert recorded["curve"] == [[1.0, 50.0], [2.0, 75.0]]

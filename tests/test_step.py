@@ -35,6 +35,8 @@ UNDECAYED = [name for name, value in PARAMETERS.items() if value.ndim == 1] + ["
 @pytest.fixture(autouse=True, scope="module")
 def graph_mode():
     runtime.start()
+    yield
+    compiled.cache_clear()
 
 
 class Run:
@@ -292,6 +294,7 @@ def test_two_runs_are_bitwise_equal(kind):
     assert states[0]["optimizer.updates"] > 0
 
 
+@pytest.mark.slow
 def test_two_steps_compiled_apart_are_bitwise_equal():
     states = []
     for run in (run_of("single"), Run()):

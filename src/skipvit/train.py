@@ -6,6 +6,7 @@ Example: ``python -m skipvit.train configs/cifar10/skipvit.yaml data.train=cifar
 import dataclasses
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -81,6 +82,11 @@ class StopSignal:
     def __init__(self) -> None:
         self.received: Optional[int] = None
         self.agreed: Optional[int] = None
+        self.listen()
+        os.register_at_fork(after_in_child=_leave_signals_to_the_parent)
+
+    def listen(self) -> None:
+        """Once more, too: MindSpore's data sets put a handler of their own in place, which makes SIGTERM of Ctrl-C."""
         for number in self.NUMBERS:
             signal.signal(number, self._note)
 
@@ -88,6 +94,12 @@ class StopSignal:
         if self.received is not None:  # asked twice: at once
             sys.exit(128 + number)
         self.received = number
+
+
+def _leave_signals_to_the_parent() -> None:
+    """For the data set's worker processes: a signal to the group is the trainer's, and it ends them by SIGTERM."""
+    os.setpgrp()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class Trainer:
@@ -304,6 +316,7 @@ class Trainer:
         result = None
         clock.start()
         for _ in runtime.sinks(self.step, to_dataset(source), sink_steps):
+            self.stop.listen()
             first = clock.sink_done(sink_steps)
             if first is not None:
                 self.log.say(f"first step, compilation included: {first:.1f} s")

@@ -1,0 +1,476 @@
+"""Training over two ranks for real: run_distribute_train.sh on this machine's CPU, from the table to the checkpoint.
+
+Every path has a space in it. A stand-in for the ranks' Python runs the real training and lets something befall a rank
+at a given step, so that nothing here depends on how fast the machine is.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from types import SimpleNamespace
+
+import numpy as np
+import psutil
+import pytest
+import runs
+from mindspore import Parameter, Tensor
+
+from skipvit import checkpoint, config, data, evaluate, launch, runtime, train
+from skipvit.config import UserError
+from skipvit.runtime import Process
+
+PATIENCE = 300  # seconds until a test gives up, on a machine that is busy with other things
+CLASSES = tuple(f"bird {number}" for number in range(7))
+TRAIN_IMAGES, VAL_IMAGES = 53, 37  # no multiples of the global batch
+GLOBAL_BATCH, EPOCHS, STEPS_AN_EPOCH = 16, 4, 3
+STEPS = EPOCHS * STEPS_AN_EPOCH
+SEEDS = [["train.seed=11"], ["train.seed=97"]]  # of rank 0 and of rank 1
+
+# The real training, with an order: `seeds`: overrides of each rank; `kill`: [rank, step] at which it is killed as by
+# the system when memory runs out; `hold`: the step after which rank 0 waits for a signal.
+RANK = """
+import json, os, signal, sys, time
+from pathlib import Path
+
+import numpy as np
+
+from skipvit import checkpoint, train
+from skipvit.log import run_command
+
+rank, record, order = int(os.environ["RANK_ID"]), Path(os.environ["RECORD"]), json.loads(os.environ["ORDER"])
+note_sink, run, save = train.Trainer.note_sink, train.Trainer.run, checkpoint.save
+
+
+def noting(self, *arguments):
+    if order.get("kill") == [rank, self.step_count]:
+        print("the last that was heard of it", file=sys.stderr, flush=True)
+        (record / "killed").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    if rank == 0 and order.get("hold") == self.step_count:
+        (record / "held").touch()
+        while self.stop.received is None:
+            time.sleep(0.01)
+    return note_sink(self, *arguments)
+
+
+def running(self):
+    code = run(self)
+    state = {parameter.name: parameter.asnumpy() for parameter in self.step.get_parameters()}
+    np.savez(record / f"rank {rank}.npz", step=self.step_count, **state)
+    return code
+
+
+def saving(path, *arguments):
+    with open(record / f"writes of {rank}", "a") as file:
+        print(path, file=file)
+    save(path, *arguments)
+
+
+train.Trainer.note_sink, train.Trainer.run, checkpoint.save = noting, running, saving
+overrides = order["overrides"][rank] if "overrides" in order else []
+sys.exit(run_command(train.main, sys.argv[3:] + overrides))
+"""
+STAND_IN = """#!/bin/sh
+if [ "$1" = -c ]; then exec "{python}" "$@"; fi  # the scheduler
+exec "{python}" "{program}" "$@"
+"""
+
+# MindSpore 2.0.0 loses a reply of its scheduler now and then (launch.start_dynamic); then nothing has begun yet.
+LOST_REPLY = "The state of the cluster is error"
+ATTEMPTS = 4 if launch.numbers_ranks_by_registration() else 1
+
+
+class Job:
+    """The door's processes, all with a tag in their environment; ``order`` is for the stand-in, None for none."""
+
+    def __init__(self, folder, *overrides, ranks=2, order=None):
+        self.tag = str(uuid.uuid4())
+        self.record = folder / "record" / self.tag
+        self.record.mkdir(parents=True)
+        variables = {"DEVICE_TARGET": "CPU", "PYTHON": sys.executable, "RECORD": str(self.record)}
+        if order is not None:
+            variables |= {"SKIPVIT_PYTHON": str(folder / "stand in"), "ORDER": json.dumps(order)}
+        self.process = subprocess.Popen(
+            ["bash", runs.ROOT / "run_distribute_train.sh", f"{ranks} ranks.json", "the recipe.yaml", *overrides],
+            cwd=folder,
+            env=runs.environment(TAG=self.tag, **variables),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def signal_when_held(self, number):
+        """Send the door a signal once rank 0 waits for one; not if the job ends without."""
+        deadline = time.monotonic() + PATIENCE
+        while not (self.record / "held").exists() and self.process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        self.process.send_signal(number)
+
+    def end(self):
+        """The finished process, what each rank held then, and when one was killed; nobody may be left."""
+        try:
+            out, err = self.process.communicate(timeout=PATIENCE)
+            ended_at = time.time()
+            assert not self.left()
+        finally:
+            self.process.kill()
+            for process in self.left():
+                process.kill()
+        killed = self.record / "killed"
+        states = [dict(np.load(path)) for path in sorted(self.record.glob("rank *.npz"))]
+        return SimpleNamespace(
+            code=self.process.returncode,
+            out=out,
+            err=err,
+            record=self.record,
+            states=states,
+            seconds_after_kill=ended_at - killed.stat().st_mtime if killed.exists() else None,
+        )
+
+    def left(self):
+        """Processes of this job that still run."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("TAG") == self.tag and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+
+def go(folder, *overrides, ranks=2, send=None, **order):
+    """A job from start to end; ``send`` is a signal for when rank 0 is held."""
+    for attempt in range(ATTEMPTS):
+        job = Job(folder, *overrides, ranks=ranks, order=order)
+        if send is not None:
+            job.signal_when_held(send)
+        ended = job.end()
+        if LOST_REPLY not in ended.err or attempt == ATTEMPTS - 1:
+            break
+    return ended
+
+
+def closing(ended):
+    """The JSON of the last line of standard output, which is the only one."""
+    assert ended.code == 0, ended.err
+    lines = [line for line in ended.out.splitlines() if line.startswith("{")]
+    assert lines == ended.out.splitlines()[-1:]
+    return json.loads(lines[0])
+
+
+def step_of(folder):
+    return checkpoint.load(folder / "last.ckpt").meta["step"]
+
+
+def step_lines(folder):
+    """The metrics of steps; the others are of validations."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line], [line for line in lines if "top1" in line]
+
+
+def assert_close(first, second):
+    """All state of two checkpoints of the same training on different numbers of ranks, up to rounding.
+
+    A float32 sum over the images of a batch, taken in another order, differs by some 1e-7 of its largest term. Adam
+    then divides a gradient by its own size, so one that is nearly nothing would be all rounding, and move its weight by
+    as much as any other. The recipe's epsilon prevents that: a gradient far below 1e-3 moves its weight in proportion.
+    What is left is rounding that grows through 12 steps: 1e-6 of an array's largest value was measured here. Sums in
+    place of means, or clipping before the mean, were tried too: 0.4 and more.
+    """
+    ours, theirs = checkpoint.load(first).arrays, checkpoint.load(second).arrays
+    assert ours.keys() == theirs.keys()
+    for name, array in ours.items():
+        largest = np.abs(theirs[name]).max()
+        np.testing.assert_allclose(array, theirs[name], rtol=0, atol=5e-5 * largest, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """A folder with images, recipe, rank tables and the stand-in."""
+    folder = tmp_path_factory.mktemp("a lab")
+    runs.write_images(folder / "some images/train", TRAIN_IMAGES, CLASSES)
+    runs.write_images(folder / "some images/val", VAL_IMAGES, CLASSES, seed=1)
+    runs.write_recipe(
+        folder / "the recipe.yaml",
+        data={"train": "some images/train", "val": "some images/val", "max_unreadable_share": 0.1},
+        # The gradients' norms are 1.2 to 2.6, so some are clipped and some are not: where all are, a sum in place of a
+        # mean changes nothing.
+        optim={"clip_norm": 1.7, "epsilon": 1e-3},
+    )
+    # Rank 1 is the first to meet it: in its share of the first step.
+    images = data.ImageFolder(folder / "some images/train")
+    order = data.keyed_generator(data.ORDER, 11, 0).permutation(len(images))
+    images.path(order[GLOBAL_BATCH - 1]).write_bytes(b"no image")
+    for ranks in (1, 2):
+        devices = [{"device_id": str(rank), "rank_id": str(rank)} for rank in range(ranks)]
+        server = {"server_id": "node_0", "host_nic_ip": "reserve", "device": devices}
+        table = {"version": "1.0", "server_count": "1", "server_list": [server], "status": "completed"}
+        (folder / f"{ranks} ranks.json").write_text(json.dumps(table))
+    (folder / "a program.py").write_text(RANK)
+    stand_in = folder / "stand in"
+    stand_in.write_text(STAND_IN.format(python=sys.executable, program=folder / "a program.py"))
+    stand_in.chmod(0o755)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(lab):
+    """Two ranks with seeds of their own, and one rank with all the images, at the same time."""
+    alone = subprocess.Popen(
+        runs.command("train", "the recipe.yaml", "train.seed=11", "data.batch_size=16", "train.output=one rank"),
+        cwd=lab,
+        env=runs.environment(DEVICE_TARGET="CPU"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    ended = go(lab, f"data.global_batch_size={GLOBAL_BATCH}", "train.output=two ranks", overrides=SEEDS)
+    said, _ = alone.communicate(timeout=PATIENCE)
+    assert (ended.code, alone.returncode) == (0, 0), ended.err + said
+    return ended
+
+
+# --------------------------------------------------------------------------------------- two ranks are one training
+
+
+def test_two_ranks_train_as_one_with_twice_the_images(whole, lab):
+    assert_close(lab / "two ranks/last.ckpt", lab / "one rank/last.ckpt")
+    ours, theirs = (step_lines(lab / folder)[0] for folder in ("two ranks", "one rank"))
+    np.testing.assert_allclose([line["loss"] for line in ours], [line["loss"] for line in theirs], rtol=2e-5)
+
+
+def test_ranks_with_seeds_of_their_own_have_equal_weights(whole, lab):
+    """Rank 0's seed holds, as the comparison with one rank of that seed shows."""
+    first, second = whole.states
+    names = [name for name in first if name != "state.loss_sum"]
+    assert len(names) > 50
+    for name in names:
+        assert first[name].tobytes() == second[name].tobytes(), name
+    assert "seed: 11" in (lab / "two ranks/config.yaml").read_text()
+
+
+def test_validation_counts_each_image_once(whole, lab, capsys, monkeypatch):
+    monkeypatch.chdir(lab)
+    evaluate.main(["two ranks/last.ckpt", "--data", "some images/val", "--batch-size", "5"])
+    alone = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert alone["images"] == VAL_IMAGES
+    assert 0 < alone["top1"] < alone["top5"]
+    validations = step_lines(lab / "two ranks")[1]
+    assert len(validations) == EPOCHS
+    for key in ("top1", "top5", "images"):
+        assert validations[-1][key] == alone[key]
+    assert closing(whole)["top1"] == alone["top1"]
+
+
+def test_rank_0_alone_writes_and_speaks(whole, lab):
+    result, folder = closing(whole), lab / "two ranks"
+    assert (result["steps"], result["epochs"], result["checkpoint"]) == (STEPS, EPOCHS, "two ranks/last.ckpt")
+    steps, _ = step_lines(folder)
+    assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
+    assert (whole.record / "writes of 0").read_text().count(".fresh.ckpt") == EPOCHS
+    assert not (whole.record / "writes of 1").exists()
+    files = {"best.ckpt", "config.yaml", "last.ckpt", "metrics.jsonl", "previous.ckpt", "run.json", "train.log", "logs"}
+    assert {path.name for path in folder.iterdir()} == files
+    assert "top1" not in (folder / "logs/rank_1.log").read_text()
+    meta = checkpoint.load(folder / "last.ckpt").meta
+    assert (meta["global_batch"], meta["ranks"], meta["step"]) == (GLOBAL_BATCH, 2, STEPS)
+
+
+def test_the_log_says_what_depends_on_the_ranks(whole, lab):
+    log = (lab / "two ranks/train.log").read_text()
+    assert "3 steps an epoch of 2 x 8 images" in log
+    assert "learning rate at most 0.003, not scaled by the 16 images an update; repeated augmentation off" in log
+    assert log.count("warning: cannot be read, the next image took its place: some images/train/bird") == 1
+
+
+# ------------------------------------------------------------------------------------------------ broken and resumed
+
+
+@pytest.fixture(scope="module")
+def broken(lab, whole):
+    """One run with three breaks, two of them in the middle of an epoch: how each part ended, and with what step."""
+    parts, folder = {}, lab / "broken"
+    common = ("data.batch_size=8", "train.seed=11", "train.output=broken", "train.resume=auto")
+
+    def part(name, **order):
+        ended = go(lab, *common, **order)
+        parts[name] = (ended, step_of(folder))
+
+    part("SIGTERM", hold=2, send=signal.SIGTERM)
+    part("killed", kill=[1, 5])
+    shutil.copytree(folder, lab / "gone on alone")
+    part("SIGINT", hold=7, send=signal.SIGINT)
+    part("end")
+    return parts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "code", "at"), [("SIGTERM", 143, 2), ("SIGINT", 130, 7)])
+def test_a_signal_to_the_script_ends_every_rank_after_the_same_step(broken, name, code, at):
+    ended, step = broken[name]
+    assert (ended.code, step) == (code, at), ended.err
+    assert [int(state["step"]) for state in ended.states] == [at, at]
+    assert ended.out.splitlines()[-1].endswith(f"after step {at}; resume with train.resume=auto")
+    assert f"{name}: the ranks have 30 seconds to end" in ended.err
+    assert "Traceback" not in ended.err
+
+
+@pytest.mark.slow
+def test_a_killed_rank_brings_the_other_down(broken):
+    ended, step = broken["killed"]
+    assert ended.code == 128 + signal.SIGKILL
+    assert step == STEPS_AN_EPOCH, "the last end of an epoch"
+    assert ended.seconds_after_kill < 60
+    *_, verdict = ended.err.splitlines()
+    assert "the last lines of broken/logs/rank_1.log:" in ended.err
+    assert "    the last that was heard of it" in ended.err
+    assert verdict.endswith("rank 1 (server node_0, device 1) was ended by SIGKILL; every other rank was stopped")
+
+
+@pytest.mark.slow
+def test_a_broken_run_ends_as_the_unbroken_one(broken, lab):
+    ended, step = broken["end"]
+    assert closing(ended)["steps"] == step == STEPS
+    assert runs.differing(lab / "broken/last.ckpt", lab / "two ranks/last.ckpt") == []
+    assert [line["step"] for line in step_lines(lab / "broken")[0]] == list(range(1, STEPS + 1))
+    log = (lab / "broken/train.log").read_text()
+    assert [f"going on from broken/last.ckpt, step {at}/{STEPS}\n" in log for at in (2, 3, 7)] == [True] * 3
+
+
+@pytest.mark.slow
+def test_a_run_of_two_ranks_goes_on_with_one(broken, lab):
+    """Without the stand-in, from a table with one device."""
+    job = Job(lab, "data.batch_size=16", "train.seed=11", "train.output=gone on alone", "train.resume=auto", ranks=1)
+    ended = job.end()
+    assert closing(ended)["steps"] == STEPS
+    assert f"step 3/{STEPS}, with 1 rank; the run had 2" in ended.out
+    assert_close(lab / "gone on alone/last.ckpt", lab / "two ranks/last.ckpt")
+    assert checkpoint.load(lab / "gone on alone/last.ckpt").meta["ranks"] == 1
+
+
+# ------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.slow
+def test_bad_input_is_one_line_and_two_jobs_do_not_meet(lab, whole):
+    """Both at the same time, on the same machine."""
+    before = runs.contents(lab / "two ranks")
+    jobs = {
+        "train.output: two ranks already holds a run; train.resume=auto goes on with it": Job(
+            lab, "data.batch_size=8", "train.output=two ranks", "train.seed=11"
+        ),
+        "data.global_batch_size: 15 does not divide among 2 ranks": Job(
+            lab, "data.global_batch_size=15", "train.output=none"
+        ),
+    }
+    for message, job in jobs.items():
+        ended = job.end()
+        assert (ended.code, ended.out) == (2, ""), ended.err
+        said, error = ended.err.splitlines()
+        assert said.startswith("run_distribute_train: ranks 0, 1 of 2 on CPU")
+        assert error.startswith(f"error: {message}")
+    after = runs.contents(lab / "two ranks")
+    assert {name: text for name, text in after.items() if not name.startswith("logs")} == {
+        name: text for name, text in before.items() if not name.startswith("logs")
+    }
+
+
+# ----------------------------------------------------------------------------- what a moment decides, without processes
+
+
+@pytest.fixture
+def trainer():
+    """As much of a trainer on the first of two ranks as the tests below need."""
+    trainer = object.__new__(train.Trainer)
+    trainer.process = Process(rank=0, ranks=2)
+    trainer.config = config.from_dict({**runs.RECIPE, "train": {"output": "run"}})
+    trainer.folder, trainer.global_batch, trainer.steps_per_epoch, trainer.step_count = None, 8, 3, 1
+    trainer.stop = SimpleNamespace(received=None, agreed=None, NUMBERS=train.StopSignal.NUMBERS)
+    return trainer
+
+
+def note_sink(trainer):
+    trainer.step = SimpleNamespace(read_sums=lambda: (1.0, 0), scales=False)
+    trainer.log = SimpleNamespace(metrics=lambda record: None)
+    return trainer.note_sink(SimpleNamespace(update=lambda *_: None), SimpleNamespace(images_per_second=lambda: 1.0))
+
+
+def test_a_signal_that_came_too_late_for_this_step_waits_for_the_next(trainer, monkeypatch):
+    """It arrives while the ranks agree that there is none: ending now, this rank would leave the other waiting."""
+
+    def sum_over_ranks(values, ranks):
+        trainer.stop.received = signal.SIGTERM
+        return ranks * values
+
+    monkeypatch.setattr(runtime, "sum_over_ranks", sum_over_ranks)
+    assert not note_sink(trainer)
+    assert note_sink(trainer)
+    assert trainer.ending() == signal.SIGTERM
+
+
+def test_a_signal_that_another_rank_received_ends_this_one_alike(trainer, monkeypatch):
+    def other_got_ctrl_c(values, ranks):
+        return ranks * values + [0, 0, 1]
+
+    monkeypatch.setattr(runtime, "sum_over_ranks", other_got_ctrl_c)
+    assert note_sink(trainer)
+    assert trainer.ending() == signal.SIGINT
+    assert trainer.stop.received is None, "its own, when it comes, is the first and not the second"
+
+
+def test_an_unfinished_accumulation_is_shared_before_it_is_written(trainer, monkeypatch):
+    mine, others = np.array([1.0, 2.0, 3.0], np.float32), np.array([3.0, 6.0, -3.0], np.float32)
+    monkeypatch.setattr(runtime, "sum_over_ranks", lambda values, ranks: values.astype(np.float64) + others)
+    for waiting, expected in ((0, mine), (1, (mine + others) / 2)):
+        total = Parameter(Tensor(mine), name="accumulated")
+        trainer.step = SimpleNamespace(waiting=Tensor(waiting), accumulated=[total])
+        trainer.share_accumulated()
+        np.testing.assert_array_equal(total.asnumpy(), expected)
+
+
+@pytest.mark.parametrize(
+    ("differs", "message"),
+    [
+        (0, "train.output: run has step 0 here and step 3 where rank 0 runs; all servers must see the same folder"),
+        (1, "data.train: the recipe here, or the images in some images, are not those of rank 0"),
+        (None, None),
+    ],
+)
+def test_ranks_that_would_not_train_the_same_are_refused(trainer, monkeypatch, differs, message):
+    trainer.folder, calls = "run", iter(range(2))
+    images = SimpleNamespace(fingerprint=lambda: "48 images", root="some images")
+    trainer.folders = SimpleNamespace(train=images)
+    monkeypatch.setattr(runtime, "from_rank_0", lambda number, process: number + 3 * (next(calls) == differs))
+    if message is None:
+        trainer.check_same_start(None)
+        return
+    with pytest.raises(UserError) as caught:
+        trainer.check_same_start(None)
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_what_some_rank_knows_all_know(monkeypatch, ranks):
+    known = [np.array(numbers, np.int64) for numbers in ([4], [], [0, 4], [6])][:ranks]
+    whole = sorted({int(number) for numbers in known for number in numbers})
+    replies = iter([np.array([sum(map(len, known))]), np.bincount(np.concatenate(known), minlength=7)])
+    monkeypatch.setattr(runtime, "sum_over_ranks", lambda values, ranks: next(replies))
+    assert runtime.union_over_ranks(known[0], 7, ranks).tolist() == whole
+
+
+def test_a_global_batch_that_does_not_divide_is_refused_before_ranks_talk():
+    recipe = config.from_dict(runs.RECIPE)
+    recipe = recipe.replace(data=dataclasses.replace(recipe.data, global_batch_size=10))
+    folders = SimpleNamespace(train=SimpleNamespace(classes=CLASSES))
+    with pytest.raises(UserError, match=r"data\.global_batch_size: 10 does not divide among 4 ranks"):
+        train.resolve(recipe, folders, Process(0, 4))
+    assert train.resolve(recipe, folders, Process(0, 1)).data.batch_size == 10
+    assert os.environ.get("MS_ROLE") is None
