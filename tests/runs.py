@@ -1,5 +1,6 @@
 """Tiny training runs for the tests of the commands: images, a recipe, processes, and what a folder then holds."""
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -75,17 +76,20 @@ def run(module, *arguments, cwd, timeout=300, **variables):
 
 
 def contents(folder):
-    """The bytes of every file below a folder, by name; folders count too."""
+    """The digest of every file below a folder, by name; folders count too."""
     return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
         for path in sorted(Path(folder).rglob("*"))
     }
 
 
 def state_of(path):
-    """Every array of a checkpoint with its type and shape, bit for bit."""
+    """Every array of a checkpoint: type, shape, and the digest of its bits."""
     arrays = checkpoint.load(path).arrays
-    return {name: (str(array.dtype), array.shape, array.tobytes()) for name, array in arrays.items()}
+    return {
+        name: (str(array.dtype), array.shape, hashlib.sha256(array.tobytes()).hexdigest())
+        for name, array in arrays.items()
+    }
 
 
 def differing(first, second):

@@ -224,8 +224,27 @@ def test_features_are_refused_where_tokens_were_dropped(case):
 
 @pytest.mark.parametrize("case", ["dense", "rejoin", "chosen_twice"])
 def test_kept_tokens_of_a_span_that_is_not_there_are_refused(case):
-    with pytest.raises(ValueError, match="span"):
-        create(CASES[case][0]).kept_tokens(Tensor(IMAGES), span=len(CASES[case][0]))
+    for span in (len(CASES[case][0]), -1):
+        with pytest.raises(ValueError, match="span"):
+            create(CASES[case][0]).kept_tokens(Tensor(IMAGES), span=span)
+
+
+def test_tokens_sorted_in_float16_as_on_ascend_find_their_way_back(monkeypatch):
+    """Scores may fall otherwise in a near tie; places must not, even beyond 2048, where float16 cannot count."""
+    monkeypatch.setattr(model, "sort_dtype", lambda: ms.float16)
+    for image_size, patch_size in ((IMAGE_SIZE, PATCH_SIZE), (96, 2)):
+        sizes = {"image_size": image_size, "patch_size": patch_size}
+        parameters = reference.init(5, embed_dim=WIDTH, depth=2, num_classes=7, **sizes)
+        net = load(create({"start": 1, "end": 2, "keep_ratio": 0.6}, 7, depth=2, **sizes), parameters)
+        images = random_images(6, 1, image_size)
+        with pynative():
+            kept = net.kept_tokens(Tensor(images)).asnumpy()
+            features = net.forward_features(Tensor(images)).asnumpy()
+        assert (np.diff(kept, axis=1) > 0).all()
+        spans = [Span(1, 2, kept.shape[1], kept=kept)]
+        result = reference.forward(parameters, images, spans=spans, patch_size=patch_size, num_heads=NUM_HEADS)
+        assert result.spans[0].margin.min() > -1e-3 / kept.shape[1]
+        assert_close(features, result.features, 1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -252,6 +271,21 @@ def test_where_every_path_is_dropped_the_blocks_do_nothing(with_drop_path):
     assert_close(outputs.logits, np.repeat(logits, BATCH, axis=0), 1e-6)
     for name, gradient in outputs.gradients.items():
         assert (np.abs(gradient).max() > 0) == (name in ("cls_token", "pos_embed") or name.startswith(("norm", "head")))
+
+
+def test_the_norms_epsilon_is_timm_s():
+    """Told by tokens that hardly vary: their variance is as small as epsilon."""
+    first = ("cls_token", "pos_embed", "patch_embed")
+    parameters = {name: value * (1e-3 if name.startswith(first) else 1) for name, value in PARAMETERS.items()}
+    cell = compiled("dense")
+    try:
+        load(cell.net, parameters)
+        outputs = cell.compute()
+    finally:
+        load(cell.net, PARAMETERS)
+    result = reference.forward(parameters, IMAGES, **MODEL)
+    assert_close(outputs.logits, result.logits, 1e-5)
+    assert_gradients(outputs.gradients, reference.backward(parameters, D_LOGITS, result))
 
 
 def sigmoid(x):
@@ -587,6 +621,24 @@ def test_dropout_draws_places_blocks_steps_images_tokens_and_channels_apart(mask
         for lag in (1, 2):
             mask = np.moveaxis(here["embedding"].astype(float), axis, 0)
             assert abs(correlation(mask[lag:], mask[:-lag])) < 0.06, f"{what} {lag} apart"
+
+
+@pytest.mark.slow
+def test_dropout_draws_every_token_and_channel_of_a_large_batch_apart():
+    """Ten thousand rows, which a hash of few steps repeats or draws alike."""
+    batch = 400
+    net = create([], embed_dim=MASK_WIDTH, depth=1, dropout=DROPOUT)
+    zeros = {name: np.zeros(value.shape, np.float32) for name, value in net.parameters_dict().items()}
+    load(net, dict(zeros, pos_embed=zeros["pos_embed"] + 1))
+    images = np.zeros((batch, 3, IMAGE_SIZE, IMAGE_SIZE), np.float32)
+    kept = LastTokens(net)(Tensor(images), Tensor(seeds_of(4)[:2])).asnumpy().reshape(-1, MASK_WIDTH) > 0
+    assert len(kept) == batch * (1 + PATCH_COUNT) > 10_000
+    # Two rows of 46 independent values are equal with probability 2e-8: of so many pairs, about one.
+    assert len(np.unique(kept, axis=0)) > len(kept) - 10
+    between_channels = np.corrcoef(kept.T.astype(float)) - np.eye(MASK_WIDTH)
+    assert np.abs(between_channels).max() < 0.06  # six standard errors
+    neighbours = [np.corrcoef(kept[lag:].ravel(), kept[:-lag].ravel())[0, 1] for lag in (1, 2, 26, 52)]
+    assert np.abs(neighbours).max() < 0.01
 
 
 def test_dropout_is_a_function_of_its_seeds(masks_of):

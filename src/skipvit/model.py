@@ -67,19 +67,26 @@ class Gelu(nn.Cell):
         return 0.5 * x * (1.0 + ops.erf(x * 0.7071067811865476))
 
 
+def _fraction(x):
+    return x - ops.floor(x)
+
+
 def dropout(x, rate, seed):
     """Zero a share ``rate`` of ``x (B, T, D)`` and scale up the rest, by a hash of (place, seed).
 
     A dropout kernel's state can be neither read nor set, so a resumed run would draw otherwise (DESIGN 5). Here the
     place in the tensor and the seed, an input of the graph, are hashed in float32 by multiply, add and floor alone,
-    which every device has (the "hash without sine" family).
+    which every device has (the "hash without sine" family). Rows and columns lie irrational steps apart, so that none
+    comes twice, and are mixed three times, as after once some pairs of columns are still kept and zeroed together.
     """
     B, T, D = x.shape
-    row = Tensor((np.arange(B * T, dtype=np.float64) * 0.1031 % 1.0).astype(np.float32)[:, None])
-    column = Tensor((np.arange(D, dtype=np.float64) * 0.11369 % 1.0).astype(np.float32)[None, :])
+    row = Tensor((np.arange(B * T, dtype=np.float64) * 0.6180339887498949 % 1.0).astype(np.float32)[:, None])
+    column = Tensor((np.arange(D, dtype=np.float64) * 0.7548776662466927 % 1.0).astype(np.float32)[None, :])
     mixed = row * (seed + 33.33) + column * (column + 33.33) + seed * (row + 33.33)  # (B*T, D)
-    hashed = (row + column + 2.0 * mixed) * (seed + mixed)
-    kept = ((hashed - ops.floor(hashed)) >= rate).astype(x.dtype) * (1.0 / (1.0 - rate))
+    first = _fraction((row + column + 2.0 * mixed) * (seed + mixed))
+    second = _fraction((first + row) * 91.3458 * (first + column + seed + 1.5))
+    third = _fraction(second * 47.4537 * (second + 1.0 + first))
+    kept = (third >= rate).astype(x.dtype) * (1.0 / (1.0 - rate))
     return x * kept.reshape(B, T, D)
 
 
@@ -227,6 +234,8 @@ class VisionTransformer(nn.Cell):
         self.span_rejoins = tuple(span.skipped == "rejoin" for span in spans)
         self.depth, self.num_patches = config.depth, N
         self.dropout, self.sort_dtype = config.dropout, sort_dtype()
+        # What sorts places: float16 counts exactly up to 2048 only.
+        self.place_dtype = self.sort_dtype if N <= 2048 else mstype.float32
 
         self.cls_token = Parameter(Tensor(np.zeros((1, 1, D), np.float32)))
         self.pos_embed = Parameter(Tensor(np.zeros((1, 1 + N, D), np.float32)))
@@ -267,7 +276,7 @@ class VisionTransformer(nn.Cell):
                 x, _, _ = self.run_block(i, x, drop_path, dropout_seeds)
             x, query, key = self.run_block(start - 1, x, drop_path, dropout_seeds)
             order = token_path.rank(token_path.cls_attention(query, key), self.sort_dtype)
-            kept, skipped = self.splits[index](x, order, token_path.inverse(order, self.sort_dtype))
+            kept, skipped = self.splits[index](x, order, token_path.inverse(order, self.place_dtype))
             places = token_path.gather(ops.expand_dims(places, -1), order)[:, :, 0]
             kept_places += (places[:, : kept.shape[1] - 1],)  # type: ignore[assignment]
             # Middle blocks, kept tokens only.
@@ -311,7 +320,7 @@ class VisionTransformer(nn.Cell):
         tokens, places = self.norm(results[0]), results[1]
         if not self.span_bounds:
             return tokens
-        return token_path.image_order(tokens, token_path.inverse(places, self.sort_dtype))
+        return token_path.image_order(tokens, token_path.inverse(places, self.place_dtype))
 
     def kept_tokens(self, images, span=0):
         """Which patches pass span number ``span``: ``(B, K)`` int32 indices in image order (ascending).
@@ -319,10 +328,10 @@ class VisionTransformer(nn.Cell):
         Raises:
             ValueError: the model has no such span (or it keeps every token).
         """
-        if span >= len(self.span_bounds):
+        if span < 0 or span >= len(self.span_bounds):
             raise ValueError(f"kept_tokens: the model skips in {len(self.span_bounds)} spans, there is no span {span}")
         kept_places = self.run(images)[2 + span]
-        return token_path.ascending(kept_places, self.sort_dtype)
+        return token_path.ascending(kept_places, self.place_dtype)
 
 
 def initialize(net, seed):

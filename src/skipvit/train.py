@@ -77,18 +77,15 @@ class StopSignal:
     ``received`` is this process's own, ``agreed`` what all ranks end for (see `Trainer.ending`).
     """
 
-    NUMBERS = (signal.SIGTERM, signal.SIGINT)
+    NUMBERS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C first, for it may have come to another rank as SIGTERM
 
     def __init__(self) -> None:
         self.received: Optional[int] = None
         self.agreed: Optional[int] = None
-        self.listen()
-        os.register_at_fork(after_in_child=_leave_signals_to_the_parent)
-
-    def listen(self) -> None:
-        """Once more, too: MindSpore's data sets put a handler of their own in place, which makes SIGTERM of Ctrl-C."""
         for number in self.NUMBERS:
+            # While a graph runs MindSpore 2.10 has a handler of its own for Ctrl-C, which makes SIGTERM of it.
             signal.signal(number, self._note)
+        os.register_at_fork(after_in_child=_leave_signals_to_the_parent)
 
     def _note(self, number: int, _: Any) -> None:
         if self.received is not None:  # asked twice: at once
@@ -316,7 +313,6 @@ class Trainer:
         result = None
         clock.start()
         for _ in runtime.sinks(self.step, to_dataset(source), sink_steps):
-            self.stop.listen()
             first = clock.sink_done(sink_steps)
             if first is not None:
                 self.log.say(f"first step, compilation included: {first:.1f} s")
