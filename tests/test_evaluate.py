@@ -188,6 +188,17 @@ def test_the_share_of_the_object_that_was_kept(tmp_path):
     assert {"object_kept", "random_kept"} < set(evaluate.summary(result))
 
 
+def test_an_image_left_out_does_not_shift_the_masks(tmp_path):
+    folder = numbered_images(tmp_path / "data", [0] * 3, CLASSES)
+    folder.path(0).write_bytes(b"no image")
+    for index, patch in enumerate((0, 1, 2)):
+        save_mask(tmp_path / f"masks/bird0/00{index}.png", (4 * patch, 0, 4 * patch + 4, 4))
+    kept = np.array([[0], [1], [2]], np.int32)
+    oracle = Oracle(np.eye(7)[[0] * 3], kept)
+    result = count(oracle, folder, CLASSES, 3, masks=tmp_path / "masks", skip_unreadable=True)
+    assert (result.images, result.object_kept) == (2, 1.0)
+
+
 def test_a_random_choice_keeps_what_random_kept_says(tmp_path):
     folder = numbered_images(tmp_path / "data", [0] * 200, CLASSES)
     generator = np.random.default_rng(0)

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import itertools
 import math
 import os
@@ -67,6 +68,7 @@ def graph_mode():
     yield
     compiled.cache_clear()
     computed.cache_clear()
+    gc.collect()  # at the interpreter's end MindSpore's Cells complain
 
 
 @contextlib.contextmanager
