@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # the same on every MindSpore: not in the fast part for 2.0.0
+
 ROOT = Path(__file__).resolve().parent.parent
 DOORS = ["run_train.sh", "run_tests.sh", "run_distribute_train.sh"]
 

@@ -23,6 +23,8 @@ from skipvit import launch
 from skipvit.config import UserError
 from skipvit.launch import Settings, plan_ranks, read_rank_table
 
+pytestmark = pytest.mark.slow  # the same on every MindSpore: not in the fast part for 2.0.0
+
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = ROOT / "src/skipvit/launch.py"
 CONFIG = ROOT / "configs/clutter/skipvit.yaml"

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import gc
 import itertools
 import math
 import os
@@ -68,7 +67,6 @@ def graph_mode():
     yield
     compiled.cache_clear()
     computed.cache_clear()
-    gc.collect()  # at the interpreter's end MindSpore's Cells complain
 
 
 @contextlib.contextmanager

@@ -12,6 +12,8 @@ from skipvit import launch
 from skipvit.config import UserError
 from skipvit.launch import Device, find_server, read_rank_table
 
+pytestmark = pytest.mark.slow  # the same on every MindSpore: not in the fast part for 2.0.0
+
 
 def table_of(servers=2, devices=8, first_device=0):
     """A faultless table of template 1, with ranks in order of server and device."""

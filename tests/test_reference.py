@@ -6,6 +6,8 @@ import reference
 from reference import Span
 from scipy.special import erf
 
+pytestmark = pytest.mark.slow  # the same on every MindSpore: not in the fast part for 2.0.0
+
 # Axes that meet differ in length, so that none can be taken for another.
 BATCH, GRID, PATCH_SIZE, NUM_HEADS, WIDTH, DEPTH, NUM_CLASSES = 3, (5, 7), 2, 2, 14, 5, 11
 PATCH_COUNT = GRID[0] * GRID[1]

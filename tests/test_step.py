@@ -1,7 +1,6 @@
 """The training step against the NumPy reference, and what it does with gradients that overflow."""
 
 import functools
-import gc
 
 import mindspore as ms
 import numpy as np
@@ -38,7 +37,6 @@ def graph_mode():
     runtime.start()
     yield
     compiled.cache_clear()
-    gc.collect()  # at the interpreter's end MindSpore's Cells complain
 
 
 class Run:

@@ -911,7 +911,8 @@ class Supervisor:
                 _say(f"{rank.plan.name} did not end within {self.stop_grace:g} seconds and was killed")
                 rank.exit_code = 128 + signal.SIGKILL
             # MindSpore 2.10 makes SIGTERM of a Ctrl-C that comes while a graph runs.
-            asked, told = 128 + (self._signal or 0), (128 + signal.SIGINT, 128 + signal.SIGTERM)
+            told = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+            asked = told[0] if self._signal == signal.SIGINT else told[1]
             return max((asked if rank.exit_code in told else rank.exit_code or 0 for rank in self.ranks), default=asked)
         failed = self._stop.failed if self._stop else tuple(rank for rank in self.ranks if rank.exit_code)
         if failed:
