@@ -6,6 +6,7 @@ Nothing here imports MindSpore, so that a mistake is told before the slow part s
 """
 
 import contextlib
+import copy
 import dataclasses
 import difflib
 import math
@@ -100,6 +101,7 @@ class ModelConfig:
     dropout: float = 0.0  # share of token values zeroed after the embedding, each projection and each MLP layer
     drop_path: float = 0.0  # share of samples whose residual branch is left out in the last block; linear from 0
     gelu: str = "exact"  # exact (erf, as timm), or the cheaper tanh and sigmoid forms
+    last_block_cls_only: bool = True  # the last block computes the CLS token alone, all the head reads: same logits
 
     def __post_init__(self) -> None:
         _one_of("model.name", self.name, MODEL_NAMES)
@@ -377,13 +379,14 @@ def load(path: Union[str, Path], overrides: Sequence[str] = ()) -> Config:
         raw = {}
     if not isinstance(raw, dict):
         raise UserError(f"{path}: holds no sections; a recipe begins with lines such as `model:`")
+    return from_dict(raw, overrides)
+
+
+def from_dict(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """Build a Config from plain data. A ``skip`` left out takes the recipe's of a ``skipvit_*`` name."""
+    raw = copy.deepcopy(dict(raw))
     for override in overrides:
         _apply_override(raw, override)
-    return from_dict(raw)
-
-
-def from_dict(raw: Mapping[str, Any]) -> Config:
-    """Build a Config from plain data. A ``skip`` left out takes the recipe's of a ``skipvit_*`` name."""
     sections = [item.name for item in dataclasses.fields(Config)]
     for key in raw:
         if key not in sections:

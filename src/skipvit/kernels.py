@@ -1,15 +1,20 @@
 """The same numbers by the form that each device does best.
 
-MindSpore's CPU kernels for two gradients take longer than the matrix products around them: BiasAddGrad, twenty times a
-product with a row of ones, and LayerNormGrad. Here both are written as matrix products, for the CPU; Ascend keeps the
+On a CPU an elementwise operator costs as much as a tenth of the matrix products around it, and some gradients of
+MindSpore's far more: BiasAddGrad twenty times a product with a row of ones, LayerNormGrad, the composed gradients of
+softmax. Here they are written with matrix products and the fewest passes over the tokens, for the CPU; Ascend keeps the
 operators that its compiler knows. Tests hold the two forms equal. (Figures: docs/LOG.md.)
 """
 
+from mindspore import dtype as mstype
 from mindspore import nn, ops
 
 from skipvit.runtime import on_cpu
 
 LAYER_NORM_EPSILON = 1e-6  # timm's ViT
+# Numbers, not calls of `math`: MindSpore 2.0.0 would compute those in the graph, as integers.
+SQRT_HALF = 0.7071067811865476
+DENSITY_AT_0 = 0.3989422804014327  # of the normal distribution: 1 / sqrt(2 pi)
 
 
 def affine_kernel():
@@ -20,6 +25,14 @@ def affine_kernel():
 def layer_norm_kernel():
     """``(x (B, T, D), weight (D,), bias (D,)) -> (B, T, D)``: layer norm over the last axis, float32."""
     return LayerNormCpu() if on_cpu() else LayerNorm()
+
+
+def attention_kernel():
+    """``(query, key, value)``, each ``(B, H, T, d)``, to ``softmax(query @ key.T) @ value``; softmax in float32.
+
+    The query comes scaled by ``d ** -0.5``.
+    """
+    return AttentionCpu() if on_cpu() else Attention()
 
 
 class Affine(nn.Cell):
@@ -98,3 +111,63 @@ class LayerNormCpu(LayerNorm):
         ones = ops.ones((1, rows.shape[0]), gradient.dtype)
         dweight = self.first_transposed(inverse_deviation, product) - self.first_transposed(shift, gradient)
         return dx.reshape(x.shape), dweight.reshape(D), self.plain(ones, gradient).reshape(D)
+
+
+class Attention(nn.Cell):
+    """The operators as they are."""
+
+    def __init__(self):
+        super().__init__()
+        self.plain = ops.BatchMatMul()
+        self.first_transposed = ops.BatchMatMul(transpose_a=True)
+        self.second_transposed = ops.BatchMatMul(transpose_b=True)
+        self.softmax = ops.Softmax(-1)
+
+    def construct(self, query, key, value):
+        """See `attention_kernel`."""
+        return self.plain(self.weights(query, key), value)
+
+    def weights(self, query, key):
+        """The softmax, ``(B, H, Q, T)``."""
+        logits = self.second_transposed(query, key)
+        return self.softmax(logits.astype(mstype.float32)).astype(query.dtype)
+
+
+class AttentionCpu(Attention):
+    """With the gradient of softmax in two passes over the ``(T, T)`` weights instead of four.
+
+    Softmax's gradient needs each row's sum of weights times their gradients; that is also the sum, over d, of the
+    output times its gradient, which is a third of the size (FlashAttention, arXiv 2205.14135, appendix B.4).
+    """
+
+    def bprop(self, query, key, value, out, dout):
+        """Gradients of query, key and value."""
+        weights = self.weights(query, key)  # the forward pass's own: equal nodes are merged
+        row_sums = (dout * out).sum(-1, keepdims=True)
+        dlogits = weights * (self.second_transposed(dout, value) - row_sums)
+        return (
+            self.plain(dlogits, key),
+            self.first_transposed(dlogits, query),
+            self.first_transposed(weights, dout),
+        )
+
+
+class ExactGelu(nn.Cell):
+    """Exact GELU (arXiv 1606.08415), elementwise: ``x * Phi(x)``, Phi the normal distribution's function.
+
+    On every device with the gradient ``Phi(x) + x * phi(x)`` from the Phi that is there already, in seven passes;
+    MindSpore's own is composed of a dozen.
+    """
+
+    def construct(self, x):
+        """``(...)`` to ``(...)``."""
+        return x * self.distribution(x)
+
+    def distribution(self, x):
+        """Phi."""
+        return ops.erf(x * SQRT_HALF) * 0.5 + 0.5
+
+    def bprop(self, x, out, dout):
+        """Gradient of x."""
+        density = ops.exp(x * x * -0.5) * DENSITY_AT_0
+        return ((x * density + self.distribution(x)) * dout,)

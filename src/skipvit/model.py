@@ -13,7 +13,7 @@ from mindspore import dtype as mstype
 
 from skipvit import tokens as token_path
 from skipvit.config import MODEL_NAMES, ModelConfig, UserError, check_spans, default_skip, model_config, skip_spans
-from skipvit.kernels import affine_kernel, layer_norm_kernel
+from skipvit.kernels import ExactGelu, affine_kernel, attention_kernel, layer_norm_kernel
 from skipvit.runtime import sort_dtype
 
 
@@ -27,14 +27,18 @@ class Linear(nn.Cell):
         super().__init__()
         self.weight = Parameter(Tensor(np.zeros((out_dim, in_dim), np.float32)))
         self.bias = Parameter(Tensor(np.zeros(out_dim, np.float32)))
-        self.in_dim, self.out_dim, self.dtype = in_dim, out_dim, dtype
+        self.in_dim, self.dtype = in_dim, dtype
         self.affine = affine_kernel()
 
     def construct(self, x):
         """See the class."""
+        return self.project(x, self.weight, self.bias)
+
+    def project(self, x, weight, bias):
+        """By some rows of the weight ``(O', I)`` and of the bias ``(O',)``: ``(B, T, I)`` to ``(B, T, O')``."""
         rows = x.reshape(-1, self.in_dim).astype(self.dtype)
-        y = self.affine(rows, self.weight.astype(self.dtype), self.bias.astype(self.dtype))
-        return y.reshape(x.shape[:-1] + (self.out_dim,))  # noqa: RUF005 - MindSpore 2.0.0 parses no starred tuple
+        y = self.affine(rows, weight.astype(self.dtype), bias.astype(self.dtype))
+        return y.reshape(x.shape[:-1] + weight.shape[:1])
 
 
 class LayerNorm(nn.Cell):
@@ -57,6 +61,7 @@ class Gelu(nn.Cell):
     def __init__(self, form):
         super().__init__()
         self.form = form
+        self.exact = ExactGelu()
 
     def construct(self, x):
         """Elementwise."""
@@ -64,7 +69,7 @@ class Gelu(nn.Cell):
             return x * ops.sigmoid(1.702 * x)
         if self.form == "tanh":
             return 0.5 * x * (1.0 + ops.tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
-        return 0.5 * x * (1.0 + ops.erf(x * 0.7071067811865476))
+        return self.exact(x)
 
 
 def _fraction(x):
@@ -100,22 +105,30 @@ class Attention(nn.Cell):
         self.dtype = dtype
         self.qkv = Linear(D, 3 * D, dtype)
         self.proj = Linear(D, D, dtype)
-        self.scores = ops.BatchMatMul(transpose_b=True)
-        self.mix = ops.BatchMatMul()
-        self.softmax = ops.Softmax(-1)
+        self.attend = attention_kernel()
 
-    def construct(self, x):
-        """``(B, T, D)`` to output ``(B, T, D)``, query and key ``(B, H, T, d)``."""
+    def construct(self, x, cls_only=False):
+        """``(B, T, D)`` to output ``(B, Q, D)``, query ``(B, H, Q, d)`` and key ``(B, H, T, d)``.
+
+        All tokens are queries, Q = T, or with ``cls_only`` the CLS token alone, Q = 1.
+        """
         B, T, D = x.shape
-        query, key, value = ops.split(self.qkv(x), D, -1)
-        heads = (B, T, self.num_heads, self.head_dim)
-        query = query.reshape(heads).transpose(0, 2, 1, 3)
-        key = key.reshape(heads).transpose(0, 2, 1, 3)
-        value = value.reshape(heads).transpose(0, 2, 1, 3)
-        logits = self.scores(query * self.head_dim**-0.5, key)  # (B, H, T, T)
-        attention = self.softmax(logits.astype(mstype.float32)).astype(self.dtype)
-        out = self.mix(attention, value).transpose(0, 2, 1, 3).reshape(B, T, D)
+        if cls_only:
+            query_weight, key_weight, value_weight = ops.split(self.qkv.weight, D, 0)
+            query_bias, key_bias, value_bias = ops.split(self.qkv.bias, D, 0)
+            query = self.qkv.project(x[:, :1], query_weight, query_bias)
+            key = self.qkv.project(x, key_weight, key_bias)
+            value = self.qkv.project(x, value_weight, value_bias)
+        else:
+            query, key, value = ops.split(self.qkv(x), D, -1)
+        query, key, value = self.heads(query), self.heads(key), self.heads(value)
+        out = self.attend(query * self.head_dim**-0.5, key, value)  # (B, H, Q, d)
+        out = out.transpose(0, 2, 1, 3).reshape(B, query.shape[2], D)
         return self.proj(out), query, key
+
+    def heads(self, x):
+        """``(B, T, D)`` to ``(B, H, T, d)``."""
+        return x.reshape(x.shape[:2] + (self.num_heads, self.head_dim)).transpose(0, 2, 1, 3)
 
 
 class Mlp(nn.Cell):
@@ -147,18 +160,21 @@ class Block(nn.Cell):
         self.mlp = Mlp(config, dtype)
         self.dropout = config.dropout
 
-    def construct(self, x, branch_factors=None, seeds=None):
+    def construct(self, x, branch_factors=None, seeds=None, cls_only=False):
         """One block.
 
         Args:
             x: ``(B, T, D)``.
             branch_factors: drop path's factor of each sample, ``(2, B)`` for attention and MLP; None: 1.
             seeds: dropout's, ``(3,)``; None: no dropout.
+            cls_only: compute the CLS token alone, for which the others are keys and values.
 
         Returns:
-            ``(B, T, D)``, and the attention's query and key ``(B, H, T, d)``.
+            ``(B, Q, D)``, and the attention's query ``(B, H, Q, d)`` and key ``(B, H, T, d)``; Q is T, or 1.
         """
-        branch, query, key = self.attn(self.norm1(x))
+        branch, query, key = self.attn(self.norm1(x), cls_only)
+        if cls_only:
+            x = x[:, :1]
         x = x + self._regularize(branch, branch_factors, seeds, 0)
         branch = self.mlp(self.norm2(x), None if seeds is None else seeds[2])
         x = x + self._regularize(branch, branch_factors, seeds, 1)
@@ -233,6 +249,7 @@ class VisionTransformer(nn.Cell):
         self.span_bounds = tuple((span.start, span.end) for span in spans)
         self.span_rejoins = tuple(span.skipped == "rejoin" for span in spans)
         self.depth, self.num_patches = config.depth, N
+        self.last_block_cls_only = config.last_block_cls_only
         self.dropout, self.sort_dtype = config.dropout, sort_dtype()
         # What sorts places: float16 counts exactly up to 2048 only.
         self.place_dtype = self.sort_dtype if N <= 2048 else mstype.float32
@@ -257,13 +274,19 @@ class VisionTransformer(nn.Cell):
         Returns:
             ``(B, C)`` float32.
         """
-        return self.classify(self.run(images, drop_path, dropout_seeds)[0])
+        return self.classify(self.run(images, drop_path, dropout_seeds, self.last_block_cls_only)[0])
 
-    def run(self, images, drop_path=None, dropout_seeds=None):
+    def run(self, images, drop_path=None, dropout_seeds=None, cls_only=False):
         """From images through the last block.
 
+        Args:
+            images: as in `construct`, and so are the next two.
+            drop_path: see there.
+            dropout_seeds: see there.
+            cls_only: only the CLS token is wanted, so the last block computes no other.
+
         Returns:
-            A tuple of the tokens ``(B, T, D)``, CLS first, then patches in no particular order; the place ``(B, N)``
+            A tuple of the tokens ``(B, T, D)``, T = 1 if ``cls_only``, CLS first, then patches in no particular order; the place ``(B, N)``
             that each of all patches in this order has in the image; and for each span the places ``(B, K)`` kept.
         """
         x = self.embed(images, dropout_seeds)  # (B, 1+N, D)
@@ -273,20 +296,21 @@ class VisionTransformer(nn.Cell):
         for index, (start, end) in enumerate(self.span_bounds):
             # Early blocks, all tokens; the last of them scores.
             for i in range(block, start - 1):
-                x, _, _ = self.run_block(i, x, drop_path, dropout_seeds)
-            x, query, key = self.run_block(start - 1, x, drop_path, dropout_seeds)
+                x, _, _ = self.run_block(i, x, drop_path, dropout_seeds, cls_only)
+            x, query, key = self.run_block(start - 1, x, drop_path, dropout_seeds, cls_only)
             order = token_path.rank(token_path.cls_attention(query, key), self.sort_dtype)
             kept, skipped = self.splits[index](x, order, token_path.inverse(order, self.place_dtype))
             places = token_path.gather(ops.expand_dims(places, -1), order)[:, :, 0]
             kept_places += (places[:, : kept.shape[1] - 1],)  # type: ignore[assignment]
             # Middle blocks, kept tokens only.
             for i in range(start, end):
-                kept, _, _ = self.run_block(i, kept, drop_path, dropout_seeds)
-            x = token_path.rejoin(kept, skipped) if self.span_rejoins[index] else kept
+                kept, _, _ = self.run_block(i, kept, drop_path, dropout_seeds, cls_only)
+            rejoins = self.span_rejoins[index] and not (cls_only and end == self.depth)
+            x = token_path.rejoin(kept, skipped) if rejoins else kept
             block = end
         # Late blocks.
         for i in range(block, self.depth):
-            x, _, _ = self.run_block(i, x, drop_path, dropout_seeds)
+            x, _, _ = self.run_block(i, x, drop_path, dropout_seeds, cls_only)
         return (x, places) + kept_places  # noqa: RUF005 - MindSpore 2.0.0 parses no starred tuple
 
     def classify(self, tokens):
@@ -302,11 +326,11 @@ class VisionTransformer(nn.Cell):
             x = dropout(x, self.dropout, dropout_seeds[0, 0])
         return x
 
-    def run_block(self, i, x, drop_path, dropout_seeds):
+    def run_block(self, i, x, drop_path, dropout_seeds, cls_only):
         """Block ``i`` with its share of this step's randomness."""
         branch_factors = None if drop_path is None else drop_path[i]
         seeds = None if dropout_seeds is None else dropout_seeds[i + 1]
-        return self.blocks[i](x, branch_factors, seeds)
+        return self.blocks[i](x, branch_factors, seeds, cls_only and i == self.depth - 1)
 
     def forward_features(self, images):
         """All tokens after the final norm, in image order: ``(B, 3, S, S)`` to ``(B, 1+N, D)``.

@@ -7,7 +7,9 @@ import functools
 import logging
 import os
 import platform
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple, Optional
 
 # MindSpore prints its warnings to the terminal in between the progress; errors still come through.
@@ -61,9 +63,18 @@ def start(jit_level: Optional[str] = None) -> Process:
     return process
 
 
+_forms_of_ascend = False
+
+
+def assume_ascend() -> None:
+    """From here on build what Ascend would run, to look at its graph; a CPU compiles it too."""
+    global _forms_of_ascend
+    _forms_of_ascend = True
+
+
 def on_cpu() -> bool:
-    """Whether the graph will run on a CPU."""
-    return ms.get_context("device_target") == "CPU"
+    """Whether the graph is to run on a CPU."""
+    return not _forms_of_ascend and ms.get_context("device_target") == "CPU"
 
 
 def sort_dtype():
@@ -151,6 +162,28 @@ def load_checkpoint(path: str):
         return ms.load_checkpoint(path)
     finally:
         logger.setLevel(level)
+
+
+def wait_for(output: ms.Tensor) -> None:
+    """Until the device has computed it: a graph may return before."""
+    output.asnumpy()
+
+
+def save_graphs(folder: str) -> None:
+    """Have MindSpore write the graphs it compiles from here on as text; the front end's last is ``*validate*.ir``."""
+    os.environ["MS_DEV_SAVE_GRAPHS"], os.environ["MS_DEV_SAVE_GRAPHS_PATH"] = "1", folder
+    if not hasattr(ms, "set_device"):  # the older releases read no environment
+        ms.set_context(save_graphs=1, save_graphs_path=folder)
+
+
+def cann_version() -> Optional[str]:
+    """CANN's, where its environment is set; None elsewhere."""
+    home = os.environ.get("ASCEND_HOME_PATH") or os.environ.get("ASCEND_TOOLKIT_HOME")
+    for path in Path(home).rglob("version.cfg") if home else ():
+        found = re.search(r"[0-9]+\.[0-9A-Za-z.]+", path.read_text(errors="replace"))
+        if found:
+            return found.group(0)
+    return None
 
 
 def versions() -> dict[str, str]:
