@@ -23,6 +23,7 @@ LIBRARY = [
     "step",
     "checkpoint",
     "log",
+    "audit",
     "draw",
     "launch",
 ]

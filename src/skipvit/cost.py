@@ -121,24 +121,33 @@ def predict_910a(
     else takes its traffic alone, each operator reading and writing global memory once, the backward pass moving twice
     the bytes of the forward pass. Launches, the input pipeline and all-reduce are left out: an upper limit.
     """
-    cube = memory = 0.0
-    for product in products(model, spans, num_classes):
-        rows, copies = product.rows, product.count * batch_size
-        if not product.batched:
-            rows, copies = product.rows * batch_size, product.count
-        sides = (rows, product.inner, product.columns)
-        flops = 2.0 * copies
-        for side in sides:
-            flops *= -(-side // CUBE_BLOCK) * CUBE_BLOCK
-        traffic = 2.0 * copies * (sides[0] * sides[1] + sides[1] * sides[2] + sides[0] * sides[2])
-        times = 1 + product.gradients
-        arithmetic = times * flops / (CUBE_FLOPS * CUBE_EFFICIENCY)
-        transfer = times * traffic / (HBM_BYTES_PER_SECOND * HBM_EFFICIENCY)
-        cube += max(arithmetic, transfer)
+    cube = sum(product_seconds(product, batch_size) for product in products(model, spans, num_classes))
     traffic = 3.0 * batch_size * sum(_elementwise_bytes(model, stage) for stage in stages(model, spans))
     traffic += OPTIMIZER_BYTES * parameter_count(model, num_classes)
     memory = traffic / (HBM_BYTES_PER_SECOND * HBM_EFFICIENCY)
     return Prediction(1e3 * cube, 1e3 * memory, batch_size / (cube + memory))
+
+
+def padded_flops(product: Product, batch_size: int) -> float:
+    """What the cube unit computes for a product of a batch, forward: its sides padded to 16."""
+    rows, copies = _rows_and_copies(product, batch_size)
+    padded = [-(-side // CUBE_BLOCK) * CUBE_BLOCK for side in (rows, product.inner, product.columns)]
+    return 2.0 * copies * padded[0] * padded[1] * padded[2]
+
+
+def product_seconds(product: Product, batch_size: int) -> float:
+    """Seconds of a product and its gradients on a 910A: of its arithmetic or of its traffic, what is longer."""
+    rows, copies = _rows_and_copies(product, batch_size)
+    arithmetic = padded_flops(product, batch_size) / (CUBE_FLOPS * CUBE_EFFICIENCY)
+    values = rows * product.inner + product.inner * product.columns + rows * product.columns
+    transfer = 2.0 * copies * values / (HBM_BYTES_PER_SECOND * HBM_EFFICIENCY)
+    return (1 + product.gradients) * max(arithmetic, transfer)
+
+
+def _rows_and_copies(product: Product, batch_size: int) -> tuple[int, int]:
+    if product.batched:
+        return product.rows, product.count * batch_size
+    return product.rows * batch_size, product.count
 
 
 def _elementwise_bytes(model: ModelConfig, stage: Stage) -> float:

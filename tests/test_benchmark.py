@@ -1,0 +1,176 @@
+"""The benchmark as a user runs it, with contenders of our own where the numbers must be known."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from mindspore import Tensor
+
+from skipvit import benchmark, config, cost, runtime, train
+from skipvit.log import RunFailed
+
+SMALL = [
+    "model.image_size=32",
+    "model.patch_size=8",
+    "model.embed_dim=48",
+    "model.num_heads=3",
+    "model.depth=3",
+    "model.num_classes=10",
+    "skip.start=1",
+    "skip.end=3",
+    "data.batch_size=4",
+]
+QUICK = ["--steps", "3", "--warmup", "1"]
+
+# Speaks the protocol; its steps take what it is told. It dies at the step told, if any.
+CONTENDER = """
+import json, sys
+request, steps, died_at = json.loads(sys.stdin.readline()), 0, int(sys.argv[2])
+print("a library says something")
+print(json.dumps({"first_step_seconds": 1.5}), flush=True)
+for line in sys.stdin:
+    if line.strip() == "end":
+        print(json.dumps({"peak_mb": 100.0}), flush=True)
+        break
+    steps += 1
+    if steps == died_at:
+        sys.exit(7)
+    print(json.dumps({"ms": float(sys.argv[1]) + steps}), flush=True)
+"""
+
+
+def stand_in(tmp_path, milliseconds, died_at=0):
+    script = tmp_path / "contender.py"
+    script.write_text(CONTENDER)
+    return [sys.executable, str(script), str(milliseconds), str(died_at)]
+
+
+def run(*arguments, cwd):
+    command = [sys.executable, "-m", "skipvit.benchmark", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=os.environ)
+
+
+def test_dense_skip_and_a_third_step_by_step(tmp_path):
+    third = shlex.join(stand_in(tmp_path, 50))
+    output = tmp_path / "folder" / "result.json"
+    done = run(*SMALL, *QUICK, "--profile", "--against", third, "--output", str(output), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result == json.loads(output.read_text())
+    assert result["command"].startswith("python -m skipvit.benchmark model.image_size=32")
+    recipe = config.from_dict({}, SMALL)
+    assert result["bound"] == round(cost.speed_up_bound(recipe.model, recipe.skip), 4)
+    assert result["speed_up"] == pytest.approx(result["dense"]["ms"] / result["skip"]["ms"], rel=0.02)
+    assert result["efficiency"] == pytest.approx(result["speed_up"] / result["bound"], abs=1e-3)
+    assert result["peak_memory_ratio"] == pytest.approx(
+        result["skip"]["peak_memory_mb"] / result["dense"]["peak_memory_mb"], abs=0.02
+    )
+    # Warm-up discarded: steps 2, 3 and 4 of the third.
+    assert result[third]["ms"] == 53
+    assert result["against"]["dense_time"]["ratio"] == pytest.approx(result["dense"]["ms"] / 53, rel=0.02)
+    assert result["dense"]["groups_ms"]["matrix products"] > 0
+    assert result["skip"]["groups_ms"]["choosing tokens"] > result["dense"]["groups_ms"]["choosing tokens"] == 0
+    assert 0 < result["token_path_share"] < 1
+    assert {"cpu", "cores", "mindspore", "precision", "batch_size", "git_commit"} <= set(result)
+    assert "efficiency" in done.stdout
+    assert not (tmp_path / "rank_0").exists()
+
+
+@pytest.mark.slow
+def test_mindcv_at_the_same_size_trains(tmp_path):
+    recipe = config.from_dict({}, SMALL)
+    runtime.start()
+    step, inputs = benchmark.mindcv_step(recipe)
+    losses = [float(step(*inputs).asnumpy()) for _ in range(4)]
+    assert losses[-1] < losses[0]
+    names = {parameter.name for parameter in step.network.trainable_params()}
+    weights = sum(parameter.size for parameter in step.network.trainable_params())
+    assert len(names) > 30
+    assert weights == cost.parameter_count(recipe.model)
+
+
+def test_the_step_timed_is_the_step_of_train():
+    """Not a likeness of it: the class, and the inputs that train gives it."""
+    recipe = config.from_dict({}, [*SMALL, "model.drop_path=0.1", "model.dropout=0.1"])
+    runtime.start()
+    step, inputs = benchmark.training_step(recipe)
+    assert type(step) is train.TrainStep
+    assert [tuple(value.shape) for value in inputs] == [(4, 3, 32, 32), (4, 10), (1,), (3, 2, 4), (4, 3)]
+    assert np.isfinite(step(*inputs).asnumpy())
+    assert isinstance(inputs[0], Tensor)
+    assert inputs[0].asnumpy().dtype == np.uint8
+
+
+def test_turns_go_round_and_warm_up_is_not_counted(tmp_path):
+    recipe = config.from_dict({}, SMALL)
+    contenders = [benchmark.Contender(str(ms), recipe, "own", stand_in(tmp_path, ms)) for ms in (100, 50)]
+    order = []
+    for contender in contenders:
+        take = contender.step
+
+        def step(counted, take=take, name=contender.name):
+            order.append(name)
+            take(counted)
+
+        contender.step = step
+    benchmark.take_turns(contenders, warmup=2, steps=3)
+    assert order == ["100", "50", "50", "100", "100", "50", "50", "100", "100", "50"]
+    assert contenders[0].times == [103, 104, 105]
+    assert benchmark.ratio(*contenders)["ratio"] == round(104 / 54, 4)
+    assert benchmark.summary_of(contenders[1], 27) == {
+        "ms": 54.0,
+        "quartiles_ms": [53.5, 54.5],
+        "images_per_second": 500.0,
+        "first_step_seconds": 1.5,
+        "compile_seconds": None,
+    }
+    assert [contender.end() for contender in contenders] == [100, 100]
+
+
+def test_a_contender_that_dies_is_named(tmp_path):
+    recipe = config.from_dict({}, SMALL)
+    contender = benchmark.Contender("the third", recipe, "own", stand_in(tmp_path, 1, died_at=2))
+    contender.step(counted=True)
+    with pytest.raises(RunFailed, match="the third.*7"):
+        contender.step(counted=True)
+    contender.close()
+
+
+@pytest.mark.slow
+def test_sweep_and_its_picture(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "SWEEP", {"start": (1, 2), "end": (3, 9), "keep_ratio": (0.25,)})
+    monkeypatch.chdir(tmp_path)
+    benchmark.main([*SMALL, *QUICK, "--sweep", "--picture", str(tmp_path / "sweep.png")])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [(row["start"], row["end"], row["kept"]) for row in result["sweep"]] == [(1, 3, 4), (2, 3, 4)]
+    assert result["least_efficiency"] == min(row["efficiency"] for row in result["sweep"])
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_input_alone(tmp_path):
+    done = run("--input-only", "--steps", "2", *SMALL, "data.train=clutter", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["input_images_per_second"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--steps", "0"], "--steps"),
+        (["skip=null"], "skip"),
+        (["no/such.yaml"], "no/such.yaml"),
+        (["model.deptg=3"], "model.depth"),
+        (["--bogus"], "--bogus"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, arguments, said, capsys):
+    from skipvit.log import run_command
+
+    assert run_command(benchmark.main, arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert said in error

@@ -1,0 +1,83 @@
+"""The two forms of each kernel give the same numbers and the same gradients; GELU is exact."""
+
+import math
+
+import numpy as np
+import pytest
+from mindspore import Tensor, nn, ops
+
+from skipvit import kernels, runtime
+
+GENERATOR = np.random.default_rng(0)
+
+
+def draw(*shape):
+    return GENERATOR.standard_normal(shape).astype(np.float32)
+
+
+# Axes that meet differ in length. The layer norm's rows have means and deviations of their own.
+CASES = {
+    "affine": (kernels.Affine, kernels.AffineCpu, [draw(15, 7), draw(11, 7), draw(11)]),
+    "layer_norm": (
+        kernels.LayerNorm,
+        kernels.LayerNormCpu,
+        [(draw(3, 5, 14) + draw(3, 5, 1)) * np.exp(draw(3, 5, 1)), draw(14), draw(14)],
+    ),
+    "attention": (kernels.Attention, kernels.AttentionCpu, [draw(2, 3, 9, 4), draw(2, 3, 9, 4), draw(2, 3, 9, 4)]),
+    "attention_of_one_query": (
+        kernels.Attention,
+        kernels.AttentionCpu,
+        [draw(2, 3, 1, 4), draw(2, 3, 9, 4), draw(2, 3, 9, 4)],
+    ),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def graph_mode():
+    runtime.start()
+
+
+class Gradients(nn.Cell):
+    """A kernel's output and the gradients of all its inputs."""
+
+    def __init__(self, kernel):
+        super().__init__()
+        self.kernel = kernel
+        self.gradient = ops.GradOperation(get_all=True, sens_param=True)
+
+    def construct(self, sensitivity, *inputs):
+        return self.gradient(self.kernel)(*inputs, sensitivity)
+
+
+def run(kernel, inputs, sensitivity):
+    tensors = [Tensor(value) for value in inputs]
+    gradients = Gradients(kernel)(Tensor(sensitivity), *tensors)
+    return kernel(*tensors).asnumpy(), [gradient.asnumpy() for gradient in gradients]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_both_forms_are_one_function(case):
+    plain, cpu, inputs = CASES[case]
+    sensitivity = draw(*plain()(*(Tensor(value) for value in inputs)).shape)
+    wanted, wanted_gradients = run(plain(), inputs, sensitivity)
+    output, gradients = run(cpu(), inputs, sensitivity)
+    np.testing.assert_array_equal(output, wanted)
+    assert len(gradients) == len(inputs)
+    for gradient, of_plain in zip(gradients, wanted_gradients):
+        np.testing.assert_allclose(gradient, of_plain, rtol=0, atol=3e-6 * np.abs(of_plain).max())
+
+
+def test_each_device_has_its_form(monkeypatch):
+    for on_cpu, names in ((True, ("AffineCpu", "LayerNormCpu", "AttentionCpu")), (False, ("Affine", "LayerNorm", "Attention"))):
+        monkeypatch.setattr(kernels, "on_cpu", lambda on_cpu=on_cpu: on_cpu)
+        chosen = (kernels.affine_kernel(), kernels.layer_norm_kernel(), kernels.attention_kernel())
+        assert tuple(type(kernel).__name__ for kernel in chosen) == names
+
+
+def test_exact_gelu_and_its_gradient():
+    x = np.concatenate([np.linspace(-9, 9, 181), [-60.0, 0.0, 60.0]]).astype(np.float32)
+    phi = np.array([0.5 * math.erfc(-value / math.sqrt(2)) for value in x.astype(np.float64)])
+    density = np.exp(-0.5 * x.astype(np.float64) ** 2) / math.sqrt(2 * math.pi)
+    output, (gradient,) = run(kernels.ExactGelu(), [x], np.full_like(x, 0.5))
+    np.testing.assert_allclose(output, x * phi, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(gradient, 0.5 * (phi + x * density), rtol=0, atol=1e-6)
