@@ -1,6 +1,6 @@
 """Images/s of the same augmentations in Pillow through PyTorch's DataLoader, one worker; needs PyTorch.
 
-    OTHER_PYTHON results/pytorch_input.py FOLDER [BATCH_SIZE [STEPS]]
+    OTHER_PYTHON results/pytorch_input.py FOLDER BATCH_SIZE STEPS
 
 The counterpart of ``python -m skipvit.benchmark --input-only``: decode, random resized crop, flip, RandAugment
 (two operations of 15, each with probability one half, magnitude 9), to float and normalised, random erasing.
@@ -23,14 +23,17 @@ FILL = tuple(round(255 * value) for value in MEAN)
 
 
 def affine(image, matrix):
+    """Pillow's affine map, bicubic."""
     return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=FILL)
 
 
 def enhance(kind):
+    """An operation from one of Pillow's enhancers."""
     return lambda image, severity, sign: kind(image).enhance(max(0.1, 1 + sign * 0.9 * severity))
 
 
 def solarize_add(image, severity, sign):
+    """Brighten the dark half."""
     table = [min(255, value + int(110 * severity)) if value < 128 else value for value in range(256)]
     return image.point(table * 3)
 
@@ -55,6 +58,7 @@ OPERATIONS = (
 
 
 def random_box(width, height):
+    """RandomResizedCrop's box."""
     for _ in range(10):
         area = width * height * random.uniform(0.08, 1)
         ratio = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -67,6 +71,7 @@ def random_box(width, height):
 
 
 def erase(tensor):
+    """Random erasing, in place."""
     for _ in range(10):
         area = SIZE * SIZE * random.uniform(0.02, 1 / 3)
         ratio = math.exp(random.uniform(math.log(0.3), math.log(1 / 0.3)))
@@ -109,7 +114,7 @@ class Images(Dataset):
 
 def main():
     """Time batches after the first two."""
-    folder, batch, steps = sys.argv[1], int((sys.argv + ["64"])[2]), int((sys.argv + ["", "20"])[3])
+    folder, batch, steps = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(1)
     loader = iter(DataLoader(Images(folder, batch * (steps + 2)), batch, num_workers=1))
     next(loader), next(loader)

@@ -1,4 +1,4 @@
-"""PyTorch's training step of the same ViT, as a contender of the benchmark; needs PyTorch, which nothing else here does.
+"""PyTorch's training step of the same ViT, as a contender of the benchmark; needs PyTorch, as nothing else does.
 
     python -m skipvit.benchmark --against "OTHER_PYTHON results/pytorch_step.py"
 

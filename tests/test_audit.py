@@ -1,14 +1,12 @@
 """The graph that a 910A would be given: what the skip path adds to it."""
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import yaml
+from runs import run
 
 from skipvit import audit
 from skipvit.audit import Operator
@@ -34,8 +32,7 @@ def test_every_row_of_the_table_has_a_source():
 
 @pytest.mark.slow
 def test_the_skip_path_adds_no_aicpu_operator_and_no_dynamic_shape(tmp_path):
-    command = [sys.executable, "-m", "skipvit.benchmark", "--audit", *SMALL]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ)
+    done = run("benchmark", "--audit", *SMALL, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["added_aicpu"] == result["dynamic_shapes"] == result["added_unknown"] == []

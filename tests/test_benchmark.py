@@ -1,14 +1,13 @@
 """The benchmark as a user runs it, with contenders of our own where the numbers must be known."""
 
 import json
-import os
 import shlex
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 from mindspore import Tensor
+from runs import run
 
 from skipvit import benchmark, config, cost, runtime, train
 from skipvit.log import RunFailed
@@ -49,15 +48,10 @@ def stand_in(tmp_path, milliseconds, died_at=0):
     return [sys.executable, str(script), str(milliseconds), str(died_at)]
 
 
-def run(*arguments, cwd):
-    command = [sys.executable, "-m", "skipvit.benchmark", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=os.environ)
-
-
 def test_dense_skip_and_a_third_step_by_step(tmp_path):
     third = shlex.join(stand_in(tmp_path, 50))
     output = tmp_path / "folder" / "result.json"
-    done = run(*SMALL, *QUICK, "--profile", "--against", third, "--output", str(output), cwd=tmp_path)
+    done = run("benchmark", *SMALL, *QUICK, "--profile", "--against", third, "--output", str(output), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result == json.loads(output.read_text())
@@ -135,14 +129,15 @@ def test_a_contender_that_dies_is_named(tmp_path):
     recipe = config.from_dict({}, SMALL)
     contender = benchmark.Contender("the third", recipe, "own", stand_in(tmp_path, 1, died_at=2))
     contender.step(counted=True)
-    with pytest.raises(RunFailed, match="the third.*7"):
+    with pytest.raises(RunFailed, match=r"the third.* 7"):
         contender.step(counted=True)
     contender.close()
 
 
 @pytest.mark.slow
 def test_sweep_and_its_picture(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(benchmark, "SWEEP", {"start": (1, 2), "end": (3, 9), "keep_ratio": (0.25,)})
+    for name, values in (("START", (1, 2)), ("END", (3, 9)), ("KEEP_RATIO", (0.25,))):
+        monkeypatch.setattr(benchmark, f"SWEEP_{name}", values)
     monkeypatch.chdir(tmp_path)
     benchmark.main([*SMALL, *QUICK, "--sweep", "--picture", str(tmp_path / "sweep.png")])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -152,7 +147,7 @@ def test_sweep_and_its_picture(tmp_path, monkeypatch, capsys):
 
 
 def test_input_alone(tmp_path):
-    done = run("--input-only", "--steps", "2", *SMALL, "data.train=clutter", cwd=tmp_path)
+    done = run("benchmark", "--input-only", "--steps", "2", *SMALL, "data.train=clutter", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["input_images_per_second"] > 0
 

@@ -12,6 +12,7 @@ Examples:
 """
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import json
@@ -41,7 +42,7 @@ from skipvit.step import TrainStep
 
 BATCH_SIZE = 16  # where neither recipe nor command line says
 PROFILED_STEPS = 2
-SWEEP = {"start": (1, 3, 5), "end": (9, 11, 12), "keep_ratio": (0.25, 0.45, 0.65)}
+SWEEP_START, SWEEP_END, SWEEP_KEEP_RATIO = (1, 3, 5), (9, 11, 12), (0.25, 0.45, 0.65)
 # Which of MindSpore's operators make a group; what is in none is "other".
 GROUPS = {
     "matrix products": ("MatMul", "BatchMatMul"),
@@ -165,14 +166,15 @@ class Contender:
     """A process that takes a training step when told to, and says how long it took.
 
     It reads one line of JSON (what to build), then ``step``, ``profile`` or ``end`` a line; it answers each with a line
-    of JSON: once built ``first_step_seconds`` (and ``compile_seconds``, a part of it), a step's ``ms``, the ``profile``, the ``peak_mb`` at the end. A
-    command given to ``--against`` speaks the same.
+    of JSON: once built ``first_step_seconds`` (and ``compile_seconds``, a part of it), a step's ``ms``, the ``profile``,
+    the ``peak_mb`` at the end. A command given to ``--against`` speaks the same.
     """
 
     def __init__(self, name: str, config: Config, kind: str, command: Optional[Sequence[str]] = None):
         self.name = name
         self.times: list[float] = []
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
+        search = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]  # it runs in another folder
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, search))}
         self.folder = tempfile.TemporaryDirectory(prefix="skipvit-benchmark-")
         self.process = subprocess.Popen(
             command or [sys.executable, "-m", "skipvit.benchmark", "--worker"],
@@ -192,12 +194,11 @@ class Contender:
         Raises:
             RunFailed: the process has ended.
         """
-        assert self.process.stdin and self.process.stdout
-        try:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # then there is no answer either
             self.process.stdin.write(line + "\n")
             self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # then there is no answer either
         for answer in self.process.stdout:
             if answer.startswith("{"):
                 return json.loads(answer)
@@ -224,8 +225,11 @@ class Contender:
 
 
 def take_turns(contenders: Sequence[Contender], warmup: int, steps: int) -> None:
-    """Step by step in turn; who begins changes from round to round. MindSpore's CPU kernels try numbers of threads
-    during their first five launches, so a warm-up shorter than that measures the search."""
+    """Step by step in turn; who begins changes from round to round.
+
+    MindSpore's CPU kernels try numbers of threads during their first launches (five steps of ViT-S went by before it
+    ended), so a shorter warm-up measures the search.
+    """
     for turn in tqdm(range(warmup + steps), unit="round", disable=not sys.stderr.isatty()):
         first = turn % len(contenders)
         for contender in [*contenders[first:], *contenders[:first]]:
@@ -234,7 +238,7 @@ def take_turns(contenders: Sequence[Contender], warmup: int, steps: int) -> None
 
 def summary_of(contender: Contender, batch_size: int) -> dict[str, Any]:
     """Median and quartiles in ms, images/s at the median, the first step, and compilation as a part of it."""
-    low, median, high = np.percentile(contender.times, (25, 50, 75))
+    low, median, high = (float(np.percentile(contender.times, share)) for share in (25, 50, 75))
     return {
         "ms": round(median, 1),
         "quartiles_ms": [round(low, 1), round(high, 1)],
@@ -249,7 +253,7 @@ def ratio(slow: Contender, fast: Contender) -> dict[str, Any]:
     of_rounds = np.array(slow.times) / np.array(fast.times)
     return {
         "ratio": round(float(np.median(slow.times) / np.median(fast.times)), 4),
-        "quartiles": [round(float(value), 4) for value in np.percentile(of_rounds, (25, 75))],
+        "quartiles": [round(float(np.percentile(of_rounds, share)), 4) for share in (25, 75)],
     }
 
 
@@ -335,9 +339,9 @@ def sweep(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
     base = config.skip[0]
     spans = [
         dataclasses.replace(base, start=start, end=end, keep_ratio=keep)
-        for start in SWEEP["start"]
-        for end in SWEEP["end"]
-        for keep in SWEEP["keep_ratio"]
+        for start in SWEEP_START
+        for end in SWEEP_END
+        for keep in SWEEP_KEEP_RATIO
         if end <= config.model.depth
     ]
     rows: list[dict[str, Any]] = []
@@ -442,9 +446,7 @@ def resident_mb() -> float:
 
 def training_step(config: Config) -> tuple[nn.Cell, list[Tensor]]:
     """The step that ``train`` takes, and a batch for it: random images, soft targets, drop path's factors."""
-    net = VisionTransformer(
-        config.model, config.skip, runtime.compute_dtype(config.train.precision), config.train.seed
-    )
+    net = VisionTransformer(config.model, config.skip, runtime.compute_dtype(config.train.precision), config.train.seed)
     inputs = [*random_batch(config), Tensor([config.optim.learning_rate], mstype.float32)]
     B, seed = config.data.batch_size, config.train.seed
     if config.model.drop_path > 0:
@@ -464,7 +466,7 @@ def random_batch(config: Config) -> list[Tensor]:
 
 
 def mindcv_step(config: Config) -> tuple[nn.Cell, list[Tensor]]:
-    """mindcv's VisionTransformer of the same size, its AdamW, and MindSpore's own training step."""
+    """The VisionTransformer of mindcv at the same size, its AdamW, and MindSpore's own training step."""
     from mindcv.models.vit import VisionTransformer as MindcvVisionTransformer
     from mindcv.optim import create_optimizer
 

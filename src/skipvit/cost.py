@@ -12,7 +12,7 @@ from skipvit.config import ModelConfig, SkipConfig
 
 
 class Product(NamedTuple):
-    """Matrix products ``(rows, inner) @ (inner, columns)``, ``count`` of them an image.
+    """Matrix products ``(rows, inner) @ (inner, columns)``, so many ``times`` an image.
 
     ``rows`` of a linear layer are an image's tokens, which the whole batch's share one product; the products of
     attention are each on their own (``batched``). ``gradients`` of the operands follow in training: 2, or 1 for the
@@ -23,14 +23,14 @@ class Product(NamedTuple):
     rows: int
     inner: int
     columns: int
-    count: int = 1
+    times: int = 1
     batched: bool = False
     gradients: int = 2
 
     @property
     def macs(self) -> int:
         """Multiply-accumulates forward, an image."""
-        return self.rows * self.inner * self.columns * self.count
+        return self.rows * self.inner * self.columns * self.times
 
 
 class Stage(NamedTuple):
@@ -146,8 +146,8 @@ def product_seconds(product: Product, batch_size: int) -> float:
 
 def _rows_and_copies(product: Product, batch_size: int) -> tuple[int, int]:
     if product.batched:
-        return product.rows, product.count * batch_size
-    return product.rows * batch_size, product.count
+        return product.rows, product.times * batch_size
+    return product.rows * batch_size, product.times
 
 
 def _elementwise_bytes(model: ModelConfig, stage: Stage) -> float:

@@ -112,7 +112,7 @@ class Attention(nn.Cell):
 
         All tokens are queries, Q = T, or with ``cls_only`` the CLS token alone, Q = 1.
         """
-        B, T, D = x.shape
+        B, _, D = x.shape
         if cls_only:
             query_weight, key_weight, value_weight = ops.split(self.qkv.weight, D, 0)
             query_bias, key_bias, value_bias = ops.split(self.qkv.bias, D, 0)
@@ -128,7 +128,8 @@ class Attention(nn.Cell):
 
     def heads(self, x):
         """``(B, T, D)`` to ``(B, H, T, d)``."""
-        return x.reshape(x.shape[:2] + (self.num_heads, self.head_dim)).transpose(0, 2, 1, 3)
+        B, T, _ = x.shape
+        return x.reshape(B, T, self.num_heads, self.head_dim).transpose(0, 2, 1, 3)
 
 
 class Mlp(nn.Cell):
@@ -286,8 +287,9 @@ class VisionTransformer(nn.Cell):
             cls_only: only the CLS token is wanted, so the last block computes no other.
 
         Returns:
-            A tuple of the tokens ``(B, T, D)``, T = 1 if ``cls_only``, CLS first, then patches in no particular order; the place ``(B, N)``
-            that each of all patches in this order has in the image; and for each span the places ``(B, K)`` kept.
+            A tuple of the tokens ``(B, T, D)``, CLS first, then patches in no particular order (``(B, 1, D)`` if
+            ``cls_only``); the place ``(B, N)`` that each of all patches in this order has in the image; and for each
+            span the places ``(B, K)`` kept.
         """
         x = self.embed(images, dropout_seeds)  # (B, 1+N, D)
         places = ops.zeros((images.shape[0], 1), mstype.int32) + Tensor(np.arange(self.num_patches, dtype=np.int32))
