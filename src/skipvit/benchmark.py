@@ -166,8 +166,8 @@ class Contender:
     """A process that takes a training step when told to, and says how long it took.
 
     It reads one line of JSON (what to build), then ``step``, ``profile`` or ``end`` a line; it answers each with a line
-    of JSON: once built ``first_step_seconds`` (and ``compile_seconds``, a part of it), a step's ``ms``, the ``profile``,
-    the ``peak_mb`` at the end. A command given to ``--against`` speaks the same.
+    of JSON: once built ``first_step_seconds`` (and ``compile_seconds``, a part of it), a step's ``ms``, the
+    ``profile``, the ``peak_mb`` at the end. A command given to ``--against`` speaks the same.
     """
 
     def __init__(self, name: str, config: Config, kind: str, command: Optional[Sequence[str]] = None):

@@ -384,7 +384,7 @@ def load(path: Union[str, Path], overrides: Sequence[str] = ()) -> Config:
 
 def from_dict(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
     """Build a Config from plain data. A ``skip`` left out takes the recipe's of a ``skipvit_*`` name."""
-    raw = copy.deepcopy(dict(raw))
+    raw = {**copy.deepcopy(raw)}
     for override in overrides:
         _apply_override(raw, override)
     sections = [item.name for item in dataclasses.fields(Config)]

@@ -83,8 +83,8 @@ class LayerNormCpu(LayerNorm):
 
     With ``h = (x - mean) / deviation`` and ``g = dy * weight`` the gradient of x is
     ``(g - mean(g) - h * mean(g * h)) / deviation``. All sums of ``g * h`` and ``dy * h`` come from ``dy * x``, and the
-    rest is one multiple of x and one constant a row, so h itself is never made: five passes over the tokens. Rows whose mean
-    is many deviations lose digits (at 50 deviations the gradient's fifth); a ViT's tokens are not like that.
+    rest is one multiple of x and one constant a row, so h itself is never made: five passes over the tokens. Rows
+    whose mean is many deviations lose digits (at 50 deviations the fifth); a ViT's tokens are not like that.
     """
 
     def __init__(self):
