@@ -1,7 +1,7 @@
 """Record runs as JSON here, and write the README's table of results from those files.
 
 python results/make.py record RUN_FOLDER NAME "COMMAND"   # results/NAME.json from a run's own files
-python results/make.py readme                             # the block between the markers in README.md
+python results/make.py readme                             # the blocks between markers in README.md and docs/ascend.md
 """
 
 import json
@@ -13,7 +13,7 @@ import yaml
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
-BEGIN, END = "<!-- results -->", "<!-- /results -->"
+ASCEND = HERE.parent / "docs" / "ascend.md"
 
 
 def record(run: Path, command: str) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def record(run: Path, command: str) -> dict[str, Any]:
 
 
 def table() -> str:
-    """The README's block, markers included."""
+    """The runs."""
     lines = [
         "| run | Top-1 | epochs | the object's patches kept | a random choice keeps | file |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -48,14 +48,74 @@ def table() -> str:
             f"| `{run['command']}` | {final['top1']:.2f}% of {final['images']} images | {epochs} | {shares[0]} "
             f"| {shares[1]} | [{path.name}](results/{path.name}) |"
         )
-    return "\n".join([BEGIN, *lines, END])
+    return "\n".join(lines)
 
 
-def with_table(readme: str) -> str:
-    """The README's text with the block brought up to date."""
-    before, _, rest = readme.partition(BEGIN)
-    after = rest.partition(END)[2] if END in rest else rest
-    return before + table() + after
+def read(name: str) -> dict[str, Any]:
+    """A result, by its file's name without the suffix."""
+    return json.loads((HERE / f"{name}.json").read_text())
+
+
+def speed() -> str:
+    """What the benchmark measured: a figure, its command, its file."""
+    main, every, mindcv = (read(name) for name in ("benchmark", "benchmark_all_tokens", "benchmark_mindcv"))
+    least = read("sweep")
+    rows = [
+        ("training step, dense / skip", "speed_up", main, "{:.2f}×"),
+        ("… of what arithmetic allows", "efficiency", main, "{:.3f}"),
+        ("… the same, all tokens in the last block", "speed_up", every, "{:.2f}×"),
+        ("… of what arithmetic allows", "efficiency", every, "{:.3f}"),
+        ("… of what arithmetic allows, least of the sweep below", "least_efficiency", least, "{:.3f}"),
+        ("choosing, parting and rejoining tokens, share of the skip step", "token_path_share", main, "{:.2%}"),
+        ("peak memory, skip / dense", "peak_memory_ratio", main, "{:.2f}"),
+        ("dense step / PyTorch's dense step (eager, fused attention)", "dense_time", main, "{:.2f}"),
+        ("skip step / PyTorch's dense step", "skip_time", main, "{:.2f}"),
+        ("dense step / PyTorch's, all tokens in the last block", "dense_time", every, "{:.2f}"),
+        ("skip step / PyTorch's, all tokens in the last block", "skip_time", every, "{:.2f}"),
+        ("dense step / mindcv's ViT", "dense_time", mindcv, "{:.2f}"),
+        ("skip step / mindcv's ViT", "skip_time", mindcv, "{:.2f}"),
+    ]
+    lines = ["| figure | | command |", "| --- | --- | --- |"]
+    for label, key, result, form in rows:
+        value = result[key] if key in result else result["against"][key]["ratio"]
+        lines.append(f"| {label} | {form.format(value)} | {command_of(result)} |")
+    return "\n".join(lines)
+
+
+def command_of(result: dict[str, Any]) -> str:
+    """The command that made it, with a link to the file it made."""
+    name = result["command"].split("--output ")[1].split()[0]
+    return f"[`{result['command'].split(' --output')[0].replace('python -m skipvit.', '')}`]({name})"
+
+
+def prediction() -> str:
+    """The table of predictions for 910A."""
+    result = read("prediction_910a")
+    lines = [
+        f"Dense, predicted: {result['dense_images_per_second']} images/s at most.",
+        "",
+        "| blocks skipped | kept of 196 | images/s, predicted | speed-up, predicted | by arithmetic alone |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in result["rows"]:
+        lines.append(
+            f"| {row['start']} to {row['end'] - 1} | {row['kept']} | {row['images_per_second']} "
+            f"| {row['speed_up']:.2f} | {row['bound']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+BLOCKS = {"results": table, "speed": speed, "prediction": prediction}
+
+
+def filled(text: str) -> str:
+    """A page's text with each block between ``<!-- NAME -->`` and ``<!-- /NAME -->`` brought up to date."""
+    for name, make in BLOCKS.items():
+        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        if begin in text:
+            before, _, rest = text.partition(begin)
+            text = f"{before}{begin}\n{make()}\n{end}{rest.partition(end)[2]}"
+    return text
 
 
 def main(argv: list[str]) -> None:
@@ -64,7 +124,8 @@ def main(argv: list[str]) -> None:
         content = record(Path(argv[1]), argv[3])
         (HERE / f"run_{argv[2]}.json").write_text(json.dumps(content, indent=1) + "\n")
     elif argv == ["readme"]:
-        README.write_text(with_table(README.read_text()))
+        for page in (README, ASCEND):
+            page.write_text(filled(page.read_text()))
     else:
         sys.exit(__doc__)
 

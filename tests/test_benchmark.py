@@ -169,3 +169,19 @@ def test_mistakes_are_one_line(tmp_path, arguments, said, capsys):
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert said in error
+
+
+def test_a_prediction_says_that_it_is_one(capsys):
+    benchmark.main(["--predict", "data.batch_size=128"])
+    *table, last = capsys.readouterr().out.splitlines()
+    result = json.loads(last)
+    assert result["predicted"] is True
+    assert "PREDICTED" in table[0]
+    assert "not run on Ascend" in table[0]
+    recipe = config.from_dict({"model": {"num_classes": 1000}})
+    first = result["rows"][0]
+    assert (first["start"], first["end"], first["kept"]) == (3, 11, 88)
+    dense, skip = (cost.predict_910a(recipe.model, spans, 128).images_per_second for spans in ((), recipe.skip))
+    assert first["speed_up"] == pytest.approx(skip / dense, abs=1e-3)
+    by_span = {(row["start"], row["end"], row["kept"]): row["speed_up"] for row in result["rows"]}
+    assert by_span[3, 11, 95] < by_span[3, 11, 88]
