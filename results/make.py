@@ -61,9 +61,9 @@ def speed() -> str:
     main, every, mindcv = (read(name) for name in ("benchmark", "benchmark_all_tokens", "benchmark_mindcv"))
     least = read("sweep")
     rows = [
-        ("training step, dense / skip", "speed_up", main, "{:.2f}×"),
+        ("training step, dense / skip", "speed_up", main, "{:.2f}x"),
         ("… of what arithmetic allows", "efficiency", main, "{:.3f}"),
-        ("… the same, all tokens in the last block", "speed_up", every, "{:.2f}×"),
+        ("… the same, all tokens in the last block", "speed_up", every, "{:.2f}x"),
         ("… of what arithmetic allows", "efficiency", every, "{:.3f}"),
         ("… of what arithmetic allows, least of the sweep below", "least_efficiency", least, "{:.3f}"),
         ("choosing, parting and rejoining tokens, share of the skip step", "token_path_share", main, "{:.2%}"),

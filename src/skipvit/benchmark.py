@@ -561,7 +561,8 @@ def predict(config: Config) -> dict[str, Any]:
     lengths = [dataclasses.replace(base, start=3, end=3 + blocks, align=1) for blocks in range(1, model.depth - 3)]
     print(f"PREDICTED for one Ascend 910A, float16, {batch} images a step; not run on Ascend. Dense: ", end="")
     print(
-        f"{dense.images_per_second:.0f} images/s at most ({dense.cube_ms:.1f} ms products, {dense.memory_ms:.1f} ms rest)"
+        f"{dense.images_per_second:.0f} images/s at most "
+        f"({dense.cube_ms:.1f} ms products, {dense.memory_ms:.1f} ms rest)"
     )
     print(f"{'start':>5}{'end':>5}{'kept':>6}{'images/s':>10}{'speed-up':>10}{'by arithmetic':>15}")
     rows = []
