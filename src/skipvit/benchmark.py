@@ -34,7 +34,7 @@ from mindspore import dtype as mstype
 from tqdm import tqdm
 
 from skipvit import audit, cost, data, runtime
-from skipvit.config import Config, SkipConfig, UserError, from_dict, load
+from skipvit.config import Config, SkipConfig, UserError, from_dict, given_spans, load
 from skipvit.log import Parser, RunFailed, git_commit, run_command
 from skipvit.model import VisionTransformer
 from skipvit.step import TrainStep
@@ -442,15 +442,16 @@ def resident_mb() -> float:
 
 def training_step(config: Config) -> tuple[nn.Cell, list[Tensor]]:
     """The step that ``train`` takes, and a batch for it: random images, soft targets, drop path's factors."""
-    net = VisionTransformer(
-        config.model, config.skip, runtime.compute_dtype(config.train.precision), config.train.seed
-    )
+    net = VisionTransformer(config.model, config.skip, runtime.compute_dtype(config.train.precision), config.train.seed)
     inputs = [*random_batch(config), Tensor([config.optim.learning_rate], mstype.float32)]
     B, seed = config.data.batch_size, config.train.seed
     if config.model.drop_path > 0:
         inputs.append(Tensor(data.drop_path_factors(config.model, seed=seed, step=0, rank=0, batch_size=B)))
     if config.model.dropout > 0:
         inputs.append(Tensor(data.dropout_seeds(config.model, seed=seed, step=0, rank=0)))
+    if given_spans(config):
+        maps = np.random.default_rng(0).random((B, config.model.num_patches), np.float32)
+        inputs.append(Tensor(data.given_scores(config, B, (data.SCORE, seed, 0, 0), maps)))
     return TrainStep(net, config), inputs
 
 
