@@ -68,10 +68,7 @@ def test_both_forms_are_one_function(case):
 
 
 def test_each_device_has_its_form(monkeypatch):
-    for on_cpu, names in (
-        (True, ("AffineCpu", "LayerNormCpu", "AttentionCpu")),
-        (False, ("Affine", "LayerNorm", "Attention")),
-    ):
+    for on_cpu, names in ((True, ("AffineCpu", "LayerNormCpu", "AttentionCpu")), (False, ("Affine", "LayerNorm", "Attention"))):
         monkeypatch.setattr(kernels, "on_cpu", lambda on_cpu=on_cpu: on_cpu)
         chosen = (kernels.affine_kernel(), kernels.layer_norm_kernel(), kernels.attention_kernel())
         assert tuple(type(kernel).__name__ for kernel in chosen) == names

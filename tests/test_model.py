@@ -251,7 +251,7 @@ def test_two_spans_equal_the_model_composed_by_hand():
     net = compiled("chosen_twice").net
 
     def block(i, x):
-        x, parts = net.run_block(i, Tensor(x), None, None)
+        x, parts = net.run_block(i, Tensor(x), None, None, False)
         return x.asnumpy(), token_path.score("cls_attention", parts).asnumpy()
 
     def part(x, score, count):

@@ -442,7 +442,9 @@ def resident_mb() -> float:
 
 def training_step(config: Config) -> tuple[nn.Cell, list[Tensor]]:
     """The step that ``train`` takes, and a batch for it: random images, soft targets, drop path's factors."""
-    net = VisionTransformer(config.model, config.skip, runtime.compute_dtype(config.train.precision), config.train.seed)
+    net = VisionTransformer(
+        config.model, config.skip, runtime.compute_dtype(config.train.precision), config.train.seed
+    )
     inputs = [*random_batch(config), Tensor([config.optim.learning_rate], mstype.float32)]
     B, seed = config.data.batch_size, config.train.seed
     if config.model.drop_path > 0:

@@ -16,7 +16,7 @@ class Product(NamedTuple):
 
     ``rows`` of a linear layer are an image's tokens, which the whole batch's share one product; the products of
     attention are each on their own (``batched``). ``gradients`` of the operands follow in training: 2, or 1 for the
-    patches (an image has no gradient), or 0 for scores.
+    patches (an image has no gradient) and for fused tokens (nor have their weights), or 0 for scores.
     """
 
     group: str
@@ -70,7 +70,7 @@ def products(model: ModelConfig, spans: Sequence[SkipConfig] = (), num_classes: 
         if block in scoring:
             found.append(Product("scores", 1, d, tokens, H, batched=True, gradients=0))
         found += [
-            Product("fuse", 1, shape.live - shape.kept, D, batched=True)
+            Product("fuse", 1, shape.live - shape.kept, D, batched=True, gradients=1)
             for shape in span_shapes(spans, N)
             if shape.span.skipped == "fuse" and shape.span.start == block + 1
         ]
