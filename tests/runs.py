@@ -30,9 +30,9 @@ RECIPE = {
 }
 
 
-def write_recipe(path, **sections):
-    """The recipe with some keys of its sections replaced."""
-    recipe = {**RECIPE, **{name: {**RECIPE.get(name, {}), **keys} for name, keys in sections.items()}}
+def write_recipe(path, phases=None, **sections):
+    """The recipe with some keys of its sections replaced, and phases."""
+    recipe = {**RECIPE, **{name: {**RECIPE.get(name, {}), **keys} for name, keys in sections.items()}, "phases": phases}
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return path
 

@@ -1,5 +1,6 @@
 """Checkpoints: MindSpore's own format, atomic, checked to the last bit, and never half restored."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -416,3 +417,49 @@ def test_weights_of_another_model_are_refused(net, tmp_path):
     ):
         with pytest.raises(UserError, match=said):
             checkpoint.build_model(checkpoint.load(save(tmp_path / "a.ckpt", weights, config=other)))
+
+
+# ------------------------------------------------------------------------------------- images of another size
+
+
+def test_position_embeddings_that_fit_are_the_same_arrays():
+    arrays = {"pos_embed": np.ones((1, 17, 3), np.float32), "cls_token": np.ones((1, 1, 3), np.float32)}
+    fitted = checkpoint.fit_positions(arrays, 16)
+    assert all(fitted[name] is arrays[name] for name in arrays)
+
+
+@pytest.mark.parametrize(("old", "new"), [(3, 5), (5, 3), (4, 8), (7, 2)])
+def test_position_embeddings_are_resampled_as_pictures(old, new):
+    """A slope along the rows stays one in between, channels apart, and CLS's is none of it."""
+    rows = np.repeat((np.arange(old) + 0.5) / old, old)
+    positions = np.stack([rows, 2 - rows, np.full(old * old, 7.0)], axis=-1)
+    for name in ("pos_embed", "ema.pos_embed", "adam_m.pos_embed", "accumulated.pos_embed"):
+        array = np.concatenate([np.full((1, 1, 3), -9.0), positions[None]], axis=1).astype(np.float32)
+        fitted = checkpoint.fit_positions({name: array}, new * new)[name]
+        assert (fitted.dtype, fitted.shape) == (np.float32, (1, 1 + new * new, 3))
+        np.testing.assert_array_equal(fitted[0, 0], [-9, -9, -9])
+        grid = fitted[0, 1:].reshape(new, new, 3)
+        np.testing.assert_allclose(grid[:, :, 0], np.tile(grid[:, :1, 0], new), atol=1e-5)  # level along a row
+        assert (np.diff(grid[:, 0, 0]) > 0).all()
+        np.testing.assert_allclose(grid[:, :, 0] + grid[:, :, 1], 2, atol=1e-5)
+        np.testing.assert_allclose(grid[:, :, 2], 7, atol=1e-5)
+
+
+def test_no_step_is_out_of_proportion_after_resampling():
+    """Adam divides by the root of the second moment: it must stay above the first's square."""
+    generator = np.random.default_rng(0)
+    first = generator.standard_normal((1, 65, 5)).astype(np.float32)
+    second = first**2 * (1 + generator.random((1, 65, 5)).astype(np.float32))
+    for patches in (36, 144, 49, 256):
+        fitted = checkpoint.fit_positions({"adam_m.pos_embed": first, "adam_v.pos_embed": second}, patches)
+        assert (fitted["adam_v.pos_embed"] >= fitted["adam_m.pos_embed"] ** 2 * (1 - 1e-5)).all()
+
+
+def test_a_checkpoint_of_an_earlier_phase_is_served_at_the_last_one_s_size(tmp_path):
+    recipe = config.from_dict({**runs.RECIPE, "phases": [{"share": 0.5, "image_size": 8}, {"share": 0.5}]})
+    recipe = recipe.replace(model=dataclasses.replace(recipe.model, num_classes=2))
+    small = model.VisionTransformer(recipe.of_phase(0).model, recipe.skip)
+    checkpoint.save(tmp_path / "a.ckpt", small.get_parameters(), {"config": recipe.to_dict(), "classes": ["a", "b"]})
+    net = checkpoint.build_model(checkpoint.load(tmp_path / "a.ckpt"))
+    assert net.num_patches == runs.PATCH_COUNT
+    np.testing.assert_array_equal(net.head.weight.asnumpy(), small.head.weight.asnumpy())

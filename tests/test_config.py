@@ -1,5 +1,6 @@
 """Recipes and overrides: what is read, what is refused, and in which words."""
 
+import contextlib
 import dataclasses
 import typing
 from pathlib import Path
@@ -10,7 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from skipvit import config as module
-from skipvit.config import FREE_ON_RESUME, SECTIONS, Config, SkipConfig, UserError, flatten, from_dict, load
+from skipvit.config import (
+    FREE_ON_RESUME,
+    SECTIONS,
+    Config,
+    PhaseConfig,
+    SkipConfig,
+    TrainConfig,
+    UserError,
+    block_lengths,
+    flatten,
+    from_dict,
+    load,
+    span_shapes,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -118,6 +132,76 @@ def test_skip_is_null_a_span_or_a_list(recipe):
     assert two.skip == (SkipConfig(start=2, end=4, keep_ratio=0.5), SkipConfig(start=6, end=8))
 
 
+def test_spans_may_touch_where_no_block_on_all_tokens_must_score(recipe):
+    """After a drop the span's own last block has seen every token there is; random scores need no block."""
+    for text in (
+        "skip: [{start: 2, end: 4, skipped: drop, keep_ratio: 0.7}, {start: 4, end: 6, skipped: fuse}]",
+        "skip: [{start: 2, end: 4}, {start: 4, end: 6, score: random}]",
+        "skip: {start: 0, end: 6, score: random}",
+        "skip: {start: 0, end: 6, score: mask}",
+    ):
+        assert load(recipe(text)).skip[-1].end == 6
+
+
+def test_shapes_of_spans_follow_from_the_configuration():
+    """By hand, for 64 patches and 12 blocks."""
+    rejoin = SkipConfig(3, 11, 0.45)
+    assert span_shapes((rejoin,), 64) == ((rejoin, 1, 64, 29),)
+    assert block_lengths((rejoin,), 12, 64) == [65] * 3 + [30] * 8 + [65]
+    # EViT's: each chooses among what the one before left, fused tokens stay.
+    spans = tuple(
+        SkipConfig(start, end, keep, skipped="fuse")
+        for start, end, keep in ((4, 7, 0.7), (7, 10, 0.49), (10, 12, 0.343))
+    )
+    assert [shape[1:] for shape in span_shapes(spans, 64)] == [(1, 64, 45), (2, 45, 31), (3, 31, 22)]
+    assert block_lengths(spans, 12, 64) == [65] * 4 + [47] * 3 + [34] * 3 + [26] * 2
+    # A drop lasts to the end; what keeps no fewer than there are does nothing.
+    spans = (SkipConfig(2, 4, 0.5, skipped="drop"), SkipConfig(6, 8, 0.75), SkipConfig(9, 10, 0.25))
+    assert [shape[1:] for shape in span_shapes(spans, 64)] == [(1, 64, 32), (1, 32, 16)]
+    assert block_lengths(spans, 12, 64) == [65] * 2 + [33] * 7 + [17] + [33] * 2
+
+
+@pytest.mark.parametrize(
+    ("skipped", "keep_ratio", "length"),
+    [
+        ("rejoin", 0.45, 32),  # 1 + 29, rounded up
+        ("fuse", 0.45, 32),  # 1 + 29 + 1
+        ("fuse", 0.48, 48),  # 1 + 31 + 1 is one too many
+        ("rejoin", 0.48, 32),
+        ("rejoin", 0.99, 64),
+        ("fuse", 0.99, 65),  # 80, but no more than there are
+        ("fuse", 1.0, 65),  # nothing to fuse
+    ],
+)
+def test_align_counts_all_that_goes_on(skipped, keep_ratio, length):
+    spans = (SkipConfig(3, 11, keep_ratio, align=16, skipped=skipped),)
+    assert block_lengths(spans, 12, 64)[5] == length
+
+
+PHASES = "{phases: [{share: 0.25, keep_ratio: 1}, {share: 0.5, image_size: 112}, {share: 0.25}], train: {epochs: 10}}"
+
+
+def test_phases_part_the_epochs_and_say_what_is_other(recipe):
+    config = load(recipe(PHASES), ["phases.1.keep_ratio=0.3"])
+    assert config.phase_ends() == [3, 8, 10]  # 2.5 and 7.5 rounded, halves up
+    assert [config.of_phase(index).model.image_size for index in range(3)] == [224, 112, 224]
+    assert [config.of_phase(index).skip[0].keep_ratio for index in range(3)] == [1.0, 0.3, 0.45]
+    assert config.of_phase(-1) == config.replace(phases=())
+    assert load(recipe()).phase_ends() == [300]
+    assert load(recipe()).of_phase(0) == load(recipe())
+
+
+@given(st.integers(1, 300), st.lists(st.integers(1, 9), min_size=1, max_size=9))
+@settings(max_examples=100, deadline=None)
+def test_phases_end_with_the_epochs(epochs, parts):
+    """However the shares are rounded in binary."""
+    phases = tuple(PhaseConfig(part / sum(parts)) for part in parts)
+    with contextlib.suppress(UserError):  # a share too small for a whole epoch
+        ends = Config(phases=phases, train=TrainConfig(epochs=epochs)).phase_ends()
+        assert ends[-1] == epochs
+        assert ends == sorted(set(ends))
+
+
 def test_skip_left_out_follows_from_the_name(recipe):
     assert load(recipe("model: {name: skipvit_base_patch16_224}")).skip == (SkipConfig(),)
     assert load(recipe("model: {name: vit_base_patch16_224}")).skip == ()
@@ -177,9 +261,9 @@ def test_keys_free_on_resume_all_exist():
 
 
 def test_every_key_is_either_identity_or_free():
-    identity = Config().identity()
+    identity = Config(phases=(PhaseConfig(1.0),)).identity()
     for key in KEYS:
-        in_identity = (key.replace("skip.", "skip.0.")) in identity
+        in_identity = key.replace("skip.", "skip.0.").replace("phases.", "phases.0.") in identity
         assert in_identity != (key in FREE_ON_RESUME), key
 
 
@@ -236,7 +320,7 @@ def test_unknown_section_names_the_nearest(recipe):
         ("model.mlp_ratio=0", "model.mlp_ratio: 0.0 gives the MLP no width"),
         ("model.mlp_ratio=1e308", "model.mlp_ratio: 1e+308 gives the MLP no width"),
         ("skip.start=11", "skip.start: 11 is not below skip.end 11"),
-        ("skip.start=0", "skip.start: 0 is below 1; block start-1 scores the tokens"),
+        ("skip.start=0", "skip.start: 0 is below 1; block start-1 scores the tokens by cls_attention, so"),
         ("skip.end=13", "skip.end: 13 is beyond the model's 12 blocks; at most 12"),
         ("skip.keep_ratio=0", "skip.keep_ratio: 0.0 is outside (0, 1]"),
         ("skip.keep_ratio=1.01", "skip.keep_ratio: 1.01 is outside (0, 1]"),
@@ -309,7 +393,14 @@ def test_every_bounded_key_has_a_bad_value_above():
     """A key added without a test of its bounds shows up here: text and unbounded numbers apart."""
     (parametrize,) = test_bad_value_says_which_where_and_what_would_be_right.pytestmark
     tested = {override.partition("=")[0] for override, _ in parametrize.args[1]}
-    free = {"data.train", "data.val", "data.masks", "optim.warmup_epochs", "optim.warmup_learning_rate"}
+    free = {
+        "data.train",
+        "data.val",
+        "data.masks",
+        "data.train_masks",
+        "optim.warmup_epochs",
+        "optim.warmup_learning_rate",
+    }
     free |= {
         "optim.min_learning_rate",
         "optim.weight_decay",
@@ -318,6 +409,7 @@ def test_every_bounded_key_has_a_bad_value_above():
         "augment.rand_augment_std",
     }
     free |= {"model.patch_size", "model.embed_dim", "train.log_every_steps", "train.validate_every_epochs"}
+    free |= {key for key in KEYS if key.startswith("phases.")}  # in a list, see below
     assert set(KEYS) - tested - free == set()
 
 
@@ -326,7 +418,30 @@ def test_every_bounded_key_has_a_bad_value_above():
     [
         ("skip: [{start: 2, end: 4}, {start: 4, end: 6}]", "skip.1.start: 4 does not lie beyond the span before"),
         ("skip: [{start: 6, end: 8}, {start: 2, end: 4}]", "skip.1.start: 2 does not lie beyond the span before"),
-        ("skip: [{start: 2, end: 4, skipped: drop}, {start: 6, end: 8}]", "skip.1: tokens that a span drops cannot"),
+        ("skip: [{start: 2, end: 4, skipped: drop}, {start: 3, end: 8}]", "skip.1.start: 3 does not lie beyond the"),
+        ("skip: [{start: 2, end: 4}, {start: 3, end: 8, score: random}]", "skip.1.start: 3 does not lie beyond the"),
+        ("skip: {start: -1, score: random}", "skip.start: -1 is below 0"),
+        ("skip: {start: 0, score: key_norm}", "skip.start: 0 is below 1; block start-1 scores the tokens by key_norm"),
+        ("phases: 3", "phases: 3 is no list of phases"),
+        ("phases: []", "phases: [] is no list of phases"),
+        ("phases: {share: 1}", "phases: {'share': 1} is no list of phases"),
+        ("phases: [3]", "phases.0: 3 is no section with keys"),
+        ("phases: [{keep_ratio: 0.5}]", "phases.0.share: not given"),
+        (
+            "phases: [{share: 1, keep_ration: 0.5}]",
+            "phases.0.keep_ration: unknown key; the nearest known one is phases.",
+        ),
+        ("phases: [{share: 0.5}, {share: 0.4}]", "phases: the shares 0.5 + 0.4 add up to 0.9; they must make 1"),
+        ("phases: [{share: 0.5}, {share: 0.6}]", "phases: the shares 0.5 + 0.6 add up to 1.1; they must make 1"),
+        ("phases: [{share: 0}, {share: 1}]", "phases.share: 0.0 is outside (0, 1]"),
+        ("phases: [{share: 1, keep_ratio: 0}]", "phases.keep_ratio: 0.0 is outside (0, 1]"),
+        ("phases: [{share: 1, keep_ratio: 1.5}]", "phases.keep_ratio: 1.5 is outside (0, 1]"),
+        ("phases: [{share: 0.5, image_size: 100}, {share: 0.5}]", "phases.0.image_size: 100 is not a multiple of"),
+        ("phases: [{share: 1, image_size: 0}]", "phases.0.image_size: 0 is below 1"),
+        (
+            "{phases: [{share: 0.1}, {share: 0.9}], train: {epochs: 4}}",
+            "phases.0.share: 0.1 of train.epochs 4 is no whole epoch",
+        ),
         ("skip: [3]", "skip.0: 3 is no section with keys"),
         ("skip: [{start: 2, end: 40}, {start: 41, end: 42}]", "skip.0.end: 40 is beyond the model's 12 blocks"),
         ("data: 3", "data: 3 is no section; give keys such as data.train"),
@@ -346,10 +461,11 @@ def test_bad_recipe(recipe, text, says):
         ("skip.2.start=3", "skip.2.start=3: skip has no item 2; there are 2"),
         ("skip.x.start=3", "skip.x.start=3: skip has no item x; there are 2"),
         ("skip.0=3", "skip.0=3: skip is no section"),
+        ("phases.share=3", "phases.share=3: phases is a list of 2 phases; say which, as in phases.0.share="),
     ],
 )
 def test_bad_override_of_a_list_of_spans(recipe, override, says):
-    text = recipe("skip: [{start: 2, end: 4}, {start: 6, end: 8}]")
+    text = recipe("{skip: [{start: 2, end: 4}, {start: 6, end: 8}], phases: [{share: 0.5}, {share: 0.5}]}")
     assert message(load, text, [override]) == says
 
 
@@ -437,7 +553,7 @@ def config_or_user_error(function, *arguments):
         return
     assert from_dict(config.to_dict()) == config
     for name, cls in SECTIONS.items():
-        for part in config.skip if name == "skip" else [getattr(config, name)]:
+        for part in getattr(config, name) if name in ("skip", "phases") else [getattr(config, name)]:
             for item, hint in typing.get_type_hints(cls).items():
                 check_type(getattr(part, item), hint)
 

@@ -50,6 +50,16 @@ def test_a_count_by_hand():
     }
 
 
+def test_a_count_by_hand_with_a_fused_token_and_with_scores_that_are_given():
+    # 2 of 4 patches kept from block 1 on, and one for the other 2: 4 tokens; it is a product of 2 weights by 2 x 6.
+    flops = cost.training_flops(TINY, [SkipConfig(start=1, end=2, keep_ratio=0.5, skipped="fuse")])
+    full, short = 540 + 300 + 180 + 720, 432 + 192 + 144 + 576
+    assert flops["fuse"] == 4 * 2 * 6
+    assert flops["total"] == 4 * 288 + 6 * (full + 2 * short) + 2 * 30 + 4 * 12 + 6 * 30
+    flops = cost.training_flops(TINY, [SkipConfig(start=0, end=3, keep_ratio=0.5, score="random")])
+    assert flops["total"] == 4 * 288 + 6 * 3 * (324 + 108 + 108 + 432) + 6 * 30
+
+
 def test_a_count_by_hand_with_skipping():
     # 2 of 4 patches kept in block 1: 3 tokens. Scoring: the CLS query on 5 keys, 2 heads of 3, no gradient.
     flops = cost.training_flops(TINY, [SkipConfig(start=1, end=2, keep_ratio=0.5)])

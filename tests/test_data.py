@@ -17,7 +17,7 @@ from mindcv.data.mixup import Mixup
 from PIL import Image, ImageEnhance, ImageOps
 
 from skipvit import data
-from skipvit.config import AugmentConfig, Config, DataConfig, UserError, model_config
+from skipvit.config import AugmentConfig, Config, DataConfig, SkipConfig, UserError, model_config
 from skipvit.data import EvalBatches, ImageFolder, TrainBatches, UnreadableCount, UnreadableImage
 
 PLAIN = AugmentConfig(crop="none", horizontal_flip=0.0)
@@ -562,7 +562,7 @@ def test_operations_signs_and_magnitudes_are_drawn_as_timm_draws_them(monkeypatc
     monkeypatch.setattr(data, "RAND_AUGMENT", tuple(record(row[0]) for row in data.RAND_AUGMENT))
     config = make_config(AugmentConfig(rand_augment_magnitude=9.0, rand_augment_std=0.5, rand_augment_layers=3))
     for seed in range(2000):
-        data.rand_augment(np.zeros((8, 8, 3), np.uint8), config, data.keyed_generator(seed))
+        data.rand_augment([np.zeros((8, 8, 3), np.uint8)], config, data.keyed_generator(seed))
     names, severities, signs = zip(*calls)
     assert 2850 < len(calls) < 3150  # of 6000 drawn, half are applied
     counts = [names.count(name) for name in PILLOW]
@@ -1002,3 +1002,130 @@ def test_object_patches_are_shares_in_evaluations_geometry(tmp_path):
     with pytest.raises(UserError, match=r"data\.masks: .*missing.png: cannot be read"):
         data.object_patches(tmp_path / "missing.png", make_config())
     assert data.mask_path(Path("masks/val"), "a/x.y.jpg") == Path("masks/val/a/x.y.png")
+
+
+# ----------------------------------------------------------------------------------------------------- scores
+
+RANDOM, MASK = SkipConfig(0, 4, 0.5, score="random"), SkipConfig(5, 8, 0.5, score="mask")
+
+
+def scores_of(spans, folder, **options):
+    """Batches of a configuration with these spans; the scores come last."""
+    config = make_config(options.pop("augment", PLAIN), options.pop("size", 32), options.pop("seed", 0))
+    return TrainBatches(folder, config.replace(skip=spans), batch_size=4, **options)
+
+
+def test_random_scores_are_uniform():
+    """Each patch as often among the kept as any other, each pair too: 3 of 16 in 20,000 images."""
+    scores = data.random_scores(16, 20_000, 1, 2, 3)
+    assert (scores.dtype, scores.shape) == (np.float32, (20_000, 16))
+    np.testing.assert_array_equal(np.sort(scores, axis=1)[0], np.arange(16, dtype=np.float32) / 16)
+    kept = scores >= 13 / 16
+    assert (kept.sum(axis=1) == 3).all()
+    standard_error = np.sqrt(3 / 16 * 13 / 16 / 20_000)
+    np.testing.assert_allclose(kept.mean(axis=0), 3 / 16, atol=5 * standard_error)
+    pairs = (kept.T.astype(float) @ kept)[np.triu_indices(16, 1)] / 20_000
+    np.testing.assert_allclose(pairs, 3 / 16 * 2 / 15, atol=5 * np.sqrt(0.025 * 0.975 / 20_000))
+
+
+def test_random_scores_differ_by_step_rank_span_and_seed_and_not_between_two_runs(coded):
+    two = (RANDOM, SkipConfig(5, 8, 0.5, score="random"))
+    source, again = scores_of(two, coded), scores_of(two, coded)
+    assert source.columns == ["images", "targets", "scores"]
+    first, second = (source[index][-1] for index in (0, 1))
+    assert (first.dtype, first.shape) == (np.float32, (2, 4, 16))
+    others = [second, scores_of(two, coded, ranks=2, rank=1)[0][-1], scores_of(two, coded, seed=1)[0][-1]]
+    for other in (*others, first[::-1], first[:, ::-1]):
+        assert (other != first).any(axis=-1).all()
+    np.testing.assert_array_equal(again[0][-1], first)
+    # A run that goes on from a step draws what the unbroken one draws there.
+    np.testing.assert_array_equal(scores_of(two, coded, start=1)[0][-1], second)
+
+
+def test_scores_come_only_where_a_span_is_given_them(coded):
+    for spans in ((), (SkipConfig(),), (dataclasses.replace(RANDOM, keep_ratio=1.0),)):
+        assert scores_of(spans, coded).columns == ["images", "targets"]
+    with pytest.raises(ValueError, match="no masks were given"):
+        scores_of((MASK,), coded)[0]
+
+
+@pytest.fixture(scope="module")
+def red_masks(noisy, tmp_path_factory):
+    """Of each image a mask that is its red channel: wherever an image is moved to, its mask can be read off it."""
+    root = tmp_path_factory.mktemp("masks")
+    for name in noisy.names:
+        path = data.mask_path(root, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.array(Image.open(noisy.root / name))[:, :, 0]).save(path)
+    return root
+
+
+@pytest.mark.parametrize("crop", ["random_resized", "shift", "none"])
+def test_masks_follow_their_images(noisy, red_masks, crop, monkeypatch):
+    """Through crop, flip, RandAugment's moves, mixup and cutmix."""
+    moving = tuple(row for row in data.RAND_AUGMENT if row[0] in data.MOVING)
+    assert len(moving) == len(data.MOVING) == 5
+    monkeypatch.setattr(data, "RAND_AUGMENT", moving)
+    augment = dataclasses.replace(EVERYTHING, crop=crop, erase=0.0)
+    config = make_config(augment, 32, mean=(0.0, 0.0, 0.0)).replace(skip=(RANDOM, MASK))
+    source = TrainBatches(noisy, config, batch_size=4, masks=red_masks)
+    plain = TrainBatches(noisy, config.replace(skip=()), batch_size=4)
+    for index in range(6):
+        images, targets, scores = source[index]
+        assert images.shape == (4, 3, 32, 32)
+        means = images[:, 0].reshape(4, 4, 8, 4, 8).mean(axis=(2, 4)).reshape(4, 16) / 255
+        np.testing.assert_allclose(scores[1], means, atol=1e-6)
+        np.testing.assert_array_equal(scores[0], scores_of((RANDOM,), noisy)[index][-1][0])
+        for ours, theirs in zip((images, targets), plain[index]):
+            np.testing.assert_array_equal(ours, theirs)  # a mask changes nothing else
+
+
+def test_a_mask_of_another_size_is_laid_over_its_image():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8))
+    mask = np.zeros((16, 24, 3), np.uint8)
+    mask[:, 12:] = 255
+    config = make_config(dataclasses.replace(PLAIN, horizontal_flip=1.0), 32)
+    followed = data.augment_image(image, config, data.keyed_generator(0), Image.fromarray(mask))[3]
+    assert (followed[:, :14] > 240).all()
+    assert (followed[:, 18:] < 15).all()
+
+
+def test_an_image_whose_mask_cannot_be_read_is_replaced(noisy, red_masks, tmp_path):
+    masks = shutil.copytree(red_masks, tmp_path / "masks")
+    source = scores_of((MASK,), noisy, masks=masks)
+    sample = source.samples(0)[1]
+    data.mask_path(masks, noisy.names[sample]).write_bytes(b"no image")
+    source[0]
+    assert source.unreadable().tolist() == [sample]
+
+
+def test_evaluation_draws_scores_by_the_image_alone(noisy, red_masks):
+    """However many are shown at once, and to whom."""
+    config = make_config(size=32).replace(skip=(RANDOM, MASK))
+    batches = all_items(EvalBatches(noisy, config, batch_size=5, masks=red_masks))
+    together = np.concatenate([scores for *_, scores in batches], axis=1)[:, :IMAGE_COUNT]
+    shared = [all_items(EvalBatches(noisy, config, batch_size=4, rank=r, ranks=2, masks=red_masks)) for r in (0, 1)]
+    parted = np.concatenate([scores for pair in zip(*shared) for *_, scores in pair], axis=1)[:, :IMAGE_COUNT]
+    np.testing.assert_array_equal(together, parted)
+    assert (together[0, 1:] != together[0, :-1]).any(axis=1).all(), "images share a choice"
+    images = np.concatenate([images for images, *_ in batches])[:IMAGE_COUNT]
+    means = data.patch_means(images[:, 0], 8)
+    assert np.abs(together[1] - means).max() < 0.2  # the images' geometry, the masks' resampling
+    assert np.corrcoef(together[1].ravel(), means.ravel())[0, 1] > 0.9
+
+
+def test_masks_are_asked_for_where_a_span_scores_by_them(coded, tmp_path):
+    root = str(coded.root)
+    given = make_config(train=root, val=root).replace(skip=(MASK,))
+    with pytest.raises(UserError, match=r"data\.masks: not given; skip\.score=mask needs"):
+        data.resolve_folders(given)
+    for name in coded.names:
+        save_noise(tmp_path / name, (4, 4), 0)
+    masks = {"train": root, "val": root, "masks": str(tmp_path)}
+    with pytest.raises(UserError, match=r"data\.train_masks: not given"):
+        data.resolve_folders(make_config(**masks).replace(skip=(MASK,)))
+    both = make_config(**masks, train_masks=str(tmp_path)).replace(skip=(MASK,))
+    assert data.resolve_folders(both).train_masks == tmp_path
+    (tmp_path / coded.names[3]).unlink()
+    with pytest.raises(UserError, match=f"data.masks: .* has no mask of {coded.names[3]}"):
+        data.resolve_folders(both)

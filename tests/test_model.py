@@ -19,6 +19,7 @@ from mindspore import Tensor, nn, ops
 from reference import Span
 
 from skipvit import config, model, runtime
+from skipvit import tokens as token_path
 
 # Axes that meet differ in length, so that none can be taken for another.
 BATCH, IMAGE_SIZE, PATCH_SIZE, NUM_HEADS, WIDTH, DEPTH, NUM_CLASSES = 3, 15, 3, 2, 14, 4, 11
@@ -47,9 +48,25 @@ CASES = {
         [{"start": 1, "end": 2, "keep_ratio": 0.5}, {"start": 3, "end": 4, "keep_ratio": 0.3, "skipped": "drop"}],
         [Span(1, 2, 13), Span(3, 4, 8, "drop")],
     ),
+    # Each from what the one before left; a fused token stays and attends.
+    "fused_twice_then_dropped": (
+        [
+            {"start": 1, "end": 2, "keep_ratio": 0.6, "skipped": "fuse"},
+            {"start": 2, "end": 3, "keep_ratio": 0.45, "skipped": "fuse", "score": "mean_attention"},
+            {"start": 3, "end": 4, "keep_ratio": 0.2, "skipped": "drop", "score": "key_norm"},
+        ],
+        [Span(1, 2, 15, "fuse"), Span(2, 3, 11, "fuse", "mean_attention"), Span(3, 4, 5, "drop", "key_norm")],
+    ),
+    "dropped_then_chosen_again": (
+        [
+            {"start": 1, "end": 2, "keep_ratio": 0.6, "skipped": "drop", "score": "cls_attention_value"},
+            {"start": 3, "end": 4, "keep_ratio": 0.3},
+        ],
+        [Span(1, 2, 15, "drop", "cls_attention_value"), Span(3, 4, 8)],
+    ),
 }
 # On MindSpore 2.0.0 the fast part of the suite takes the two that have most in them.
-SLOW = {"rejoin", "one_kept_to_the_norm", "drop", "rejoin_then_drop"}
+SLOW = {"rejoin", "one_kept_to_the_norm", "drop", "rejoin_then_drop", "dropped_then_chosen_again"}
 
 
 def for_cases(*cases):
@@ -195,7 +212,7 @@ def test_logits_and_gradients_are_the_reference_s(case):
     assert_gradients(computed(case).gradients, reference.backward(PARAMETERS, D_LOGITS, expected(case)))
 
 
-@for_cases(*(case for case in CASES if "drop" not in case))
+@for_cases(*(case for case in CASES if "drop" not in case and "fuse" not in case))
 def test_features_are_in_image_order(case):
     assert computed(case).features.shape == (BATCH, 1 + PATCH_COUNT, WIDTH)
     assert_close(computed(case).features, expected(case).features, 1e-5)
@@ -216,7 +233,7 @@ def test_features_and_kept_tokens_can_be_asked_for_outside_a_graph():
     assert_close(net.forward_features(images).asnumpy(), expected("chosen_twice").features, 1e-5)
 
 
-@pytest.mark.parametrize("case", ["drop", "rejoin_then_drop"])
+@pytest.mark.parametrize("case", ["drop", "rejoin_then_drop", "fused_twice_then_dropped"])
 def test_features_are_refused_where_tokens_were_dropped(case):
     with pytest.raises(ValueError, match="drop"):
         create(CASES[case][0]).forward_features(Tensor(IMAGES))
@@ -227,6 +244,80 @@ def test_kept_tokens_of_a_span_that_is_not_there_are_refused(case):
     for span in (len(CASES[case][0]), -1):
         with pytest.raises(ValueError, match="span"):
             create(CASES[case][0]).kept_tokens(Tensor(IMAGES), span=span)
+
+
+def test_two_spans_equal_the_model_composed_by_hand():
+    """Of the model's own blocks, with NumPy's indexing in between."""
+    net = compiled("chosen_twice").net
+
+    def block(i, x):
+        x, parts = net.run_block(i, Tensor(x), None, None, False)
+        return x.asnumpy(), token_path.score("cls_attention", parts).asnumpy()
+
+    def part(x, score, count):
+        order = 1 + np.argsort(-score, axis=1, kind="stable")
+        return tuple(np.take_along_axis(x, index[:, :, None], axis=1) for index in (order[:, :count], order[:, count:]))
+
+    with pynative():
+        x, score = block(0, net.embed(Tensor(IMAGES)).asnumpy())
+        kept, skipped = part(x, score, 15)
+        kept, _ = block(1, np.concatenate([x[:, :1], kept], axis=1))
+        x, score = block(2, np.concatenate([kept, skipped], axis=1))
+        kept, skipped = part(x, score, 8)
+        kept, _ = block(3, np.concatenate([x[:, :1], kept], axis=1))
+        logits = net.classify(Tensor(kept)).asnumpy()
+    assert_close(computed("chosen_twice").logits, logits, 1e-6)
+
+
+GIVEN = [
+    {"start": 0, "end": 2, "keep_ratio": 0.45, "score": "random"},
+    {"start": 2, "end": 3, "keep_ratio": 0.3, "score": "mask", "skipped": "fuse"},
+]
+
+
+class GivenScores(nn.Cell):
+    """Logits, their gradient, and the kept tokens of a model whose scores come with the images."""
+
+    def __init__(self, net):
+        super().__init__(auto_prefix=False)
+        self.net, self.weights = net, ms.ParameterTuple(net.trainable_params())
+        self.vjp = ops.GradOperation(get_by_list=True, sens_param=True)
+
+    def construct(self, images, scores, d_logits):
+        results = self.net.run(images, None, None, scores)
+        gradients = self.vjp(self.net, self.weights)(images, None, None, scores, d_logits)
+        return self.net.classify(results[0]), gradients, results[2:]
+
+
+def test_scores_that_come_with_the_images_are_the_reference_s():
+    """From block 0 on, span upon span, and by masks that may be all black."""
+    generator = np.random.default_rng(11)
+    scores = generator.permuted(np.tile(np.arange(PATCH_COUNT), (2, BATCH, 1)), axis=2).astype(np.float32)
+    scores[0] /= PATCH_COUNT
+    scores[1] *= 0.5 / scores[1].sum(axis=1, keepdims=True)
+    cell = GivenScores(load(create(GIVEN), PARAMETERS))
+    logits, gradients, kept = cell(Tensor(IMAGES), Tensor(scores), Tensor(D_LOGITS))
+    spans = [Span(0, 2, 11, score=scores[0]), Span(2, 3, 8, "fuse", score=scores[1])]
+    result = reference.forward(PARAMETERS, IMAGES, spans=spans, **MODEL)
+    assert_close(logits.asnumpy(), result.logits, 1e-5)
+    by_name = {weight.name: gradient.asnumpy() for weight, gradient in zip(cell.weights, gradients)}
+    assert_gradients(by_name, reference.backward(PARAMETERS, D_LOGITS, result))
+    for places, span in zip(kept, result.spans):
+        np.testing.assert_array_equal(np.sort(places.asnumpy(), axis=1), span.kept)
+    scores[1] = 0
+    logits, gradients, _ = cell(Tensor(IMAGES), Tensor(scores), Tensor(D_LOGITS))
+    assert all(np.isfinite(value.asnumpy()).all() for value in (logits, *gradients))
+
+
+def test_without_scores_random_is_one_choice_for_all_images_and_mask_is_refused():
+    net = load(create(GIVEN[:1]), PARAMETERS)
+    kept, again = (net.kept_tokens(Tensor(images)).asnumpy() for images in (IMAGES, random_images(9)))
+    assert kept.shape == (BATCH, 11)
+    assert (kept == kept[0]).all()
+    np.testing.assert_array_equal(kept, again)
+    assert np.isfinite(net(Tensor(IMAGES)).asnumpy()).all()
+    with pytest.raises(ValueError, match=r"skip\.score=mask: the masks' scores .* must come with the images"):
+        create(GIVEN)(Tensor(IMAGES))
 
 
 def test_tokens_sorted_in_float16_as_on_ascend_find_their_way_back(monkeypatch):

@@ -61,16 +61,45 @@ def test_cls_attention_scores_in_float32_where_the_model_computes_in_float16():
     np.testing.assert_array_equal(score.asnumpy(), expected.asnumpy())
 
 
-def test_no_gradient_flows_through_the_score():
+every_score = pytest.mark.parametrize("kind", reference.SCORES)
+
+
+def parts_of(seed, length):
+    return tuple(normal(seed + i, B, H, length, HEAD_DIM) for i in range(3))
+
+
+@every_score
+@pytest.mark.parametrize("lead", [1, 3])
+def test_each_score_is_the_reference_s(kind, lead):
+    """Over all tokens, then the patches' columns; what adds up to more than 1 is scaled down to it."""
+    query, key, value = parts_of(20, lead + N)
+    logits = query.astype(np.float64) @ key.swapaxes(-1, -2) / np.sqrt(HEAD_DIM)
+    saved = reference.AttentionSaved(None, query, key, value, reference.softmax(logits), None)
+    # The reference has the patches right behind CLS.
+    expected = reference.patch_score(kind, saved, lead - 1 + N)[:, lead - 1 :]
+    expected = expected / np.maximum(expected.sum(axis=1, keepdims=True), 1)
+    score = tokens.score(kind, tuple(Tensor(part) for part in (query, key, value)), lead)
+    assert score.dtype == ms.float32
+    np.testing.assert_allclose(score.asnumpy(), expected, rtol=2e-5)
+
+
+@every_score
+def test_no_gradient_flows_through_the_score(kind):
     factors = Tensor(normal(2, B, N))
 
-    def loss(query, key):
-        return (tokens.cls_attention(query, key) * factors).sum() + 3.0 * query.sum() + 5.0 * key.sum()
+    def loss(query, key, value):
+        score = (tokens.score(kind, (query, key, value)) * factors).sum()
+        return score + 3.0 * query.sum() + 5.0 * key.sum() + 7.0 * value.sum()
 
-    query, key = Tensor(normal(0, B, H, 1 + N, HEAD_DIM)), Tensor(normal(1, B, H, 1 + N, HEAD_DIM))
-    of_query, of_key = ops.GradOperation(get_all=True)(loss)(query, key)
-    np.testing.assert_array_equal(of_query.asnumpy(), np.full(query.shape, 3, np.float32))
-    np.testing.assert_array_equal(of_key.asnumpy(), np.full(key.shape, 5, np.float32))
+    parts = [Tensor(part) for part in parts_of(0, 1 + N)]
+    for gradient, factor in zip(ops.GradOperation(get_all=True)(loss)(*parts), (3, 5, 7)):
+        np.testing.assert_array_equal(gradient.asnumpy(), np.full(gradient.shape, factor, np.float32))
+
+
+def test_a_mass_is_at_most_1_and_in_the_same_order():
+    score = np.array([[0.1, 0.2, 0.3], [10, 0, 30], [0, 0, 0]], np.float32)
+    expected = [[0.1, 0.2, 0.3], [0.25, 0, 0.75], [0, 0, 0]]
+    np.testing.assert_allclose(tokens.as_mass(Tensor(score)).asnumpy(), expected, rtol=1e-6)
 
 
 # ----------------------------------------------------------------- order
@@ -237,3 +266,58 @@ def test_image_order_leaves_cls_in_front():
     positions = np.argsort(order, axis=1).astype(np.int32)
     restored = tokens.image_order(Tensor(moved), Tensor(positions)).asnumpy()
     np.testing.assert_array_equal(restored, in_image_order)
+
+
+# ----------------------------------------------------------------- fuse, and what fused tokens change
+
+
+class FusePath(nn.Cell):
+    """Split and fuse behind ``lead`` tokens, with the gradient of a weighted sum of the result."""
+
+    def __init__(self, kept_count, lead):
+        super().__init__()
+        self.split, self.lead = tokens.Split(kept_count, lead), lead
+        self.gradient = ops.GradOperation()
+
+    def fused(self, values, score):
+        order = tokens.rank(score, ms.float32)
+        kept, skipped = self.split(values, order, tokens.inverse(order, ms.float32))
+        return tokens.fuse(kept, skipped, score, order, self.lead)
+
+    def loss(self, values, score, factors):
+        return (self.fused(values, score) * factors).sum()
+
+    def construct(self, values, score, factors):
+        return self.fused(values, score), self.gradient(self.loss)(values, score, factors)
+
+
+@pytest.mark.parametrize("lead", [1, 3])
+def test_fuse_is_the_reference_s_forward_and_backward(lead):
+    values = normal(30, B, lead + N, D)
+    score = (np.random.default_rng(31).random((B, N)) / N).astype(np.float32)
+    factors = normal(32, B, lead + 1 + K, D)
+    fused, gradient = (out.asnumpy() for out in FusePath(K, lead)(*(Tensor(x) for x in (values, score, factors))))
+
+    order = np.argsort(-score, axis=1)
+    first = np.tile(np.arange(lead), (B, 1))
+    stay, leave = np.concatenate([first, lead + order[:, :K]], axis=1), lead + order[:, K:]
+    weights = np.take_along_axis(score, order[:, K:], axis=1)
+    routing = reference.Routing(stay, leave, "fuse", weights)
+    expected = reference.split(values.astype(np.float64), routing)[0]  # the fused token last
+    places = [*range(lead), lead + K, *range(lead, lead + K)]
+    np.testing.assert_allclose(fused, expected[:, places], rtol=0, atol=1e-6)
+    d_expected = factors[:, np.argsort(places)].astype(np.float64)
+    np.testing.assert_allclose(gradient, reference.split_backward(d_expected, None, routing), rtol=0, atol=1e-6)
+
+
+def test_fuse_keeps_the_mass_of_attention():
+    """Tokens of ones: the fused one is the mass of the skipped, and with the kept ones' and CLS's it makes 1."""
+    query, key, _ = parts_of(40, 1 + N)
+    score = tokens.cls_attention(Tensor(query), Tensor(key))
+    ones = Tensor(np.ones((B, 1 + N, D), np.float32))
+    fused = FusePath(K, 1).fused(ones, score).asnumpy()[:, 1]
+    falling = -np.sort(-score.asnumpy(), axis=1)
+    logits = np.einsum("bhd,bhkd->bhk", query[:, :, 0].astype(np.float64), key) / np.sqrt(HEAD_DIM)
+    of_cls = reference.softmax(logits).mean(axis=1)[:, 0]
+    np.testing.assert_allclose(fused, np.tile(falling[:, K:].sum(axis=1)[:, None], (1, D)), rtol=1e-5)
+    np.testing.assert_allclose(fused[:, 0] + falling[:, :K].sum(axis=1) + of_cls, np.ones(B), rtol=1e-5)

@@ -41,6 +41,8 @@ EVERYTHING = {
     },
     "optim": {"accumulate_steps": 2, "ema_decay": 0.9, "clip_norm": 1.0},
 }
+# Small images with random scores, then full tokens, then the finished model's.
+PHASES = [{"share": 0.25, "image_size": 8}, {"share": 0.5, "keep_ratio": 1.0}, {"share": 0.25}]
 SCENARIOS = {}
 
 
@@ -55,6 +57,7 @@ class Lab:
         runs.write_images(root / "val", VALIDATION_IMAGES, seed=1)
         runs.write_recipe(root / "recipe.yaml")
         runs.write_recipe(root / "everything.yaml", **EVERYTHING)
+        runs.write_recipe(root / "phased.yaml", PHASES, **EVERYTHING, skip={"score": "random"})
 
     def start(self, name):
         self.started[name] = self.executor.submit(SCENARIOS[name], self)
@@ -197,6 +200,38 @@ def everything_by_processes(lab):
     """The same with two worker processes."""
     lab.train("everything_by_processes", "data.num_workers=2", "data.worker_processes=true", recipe="everything.yaml")
     return lab.root / "everything_by_processes"
+
+
+@scenario
+def phased(lab):
+    """Three phases with everything on, in one go."""
+    return lab.root / "phased", lab.train("phased", recipe="phased.yaml")
+
+
+@scenario
+def phased_parted(lab):
+    """The same, stopped at the end of the first phase and within the second."""
+    lab.train("phased_parted", "train.stop_after_epochs=1", recipe="phased.yaml")
+    first = lab.copy("phased_parted", "phased_stopped")
+    lab.train("phased_parted", "train.resume=auto", "train.max_steps=9", recipe="phased.yaml")
+    lab.train("phased_parted", "train.resume=auto", "train.sink_steps=3", recipe="phased.yaml")
+    return first, lab.root / "phased_parted"
+
+
+@scenario
+def by_mask(lab):
+    """Scores from masks that are white on as many patches as are kept."""
+    runs.write_images(lab.root / "masked", 8)
+    for path in (lab.root / "masked").rglob("*.png"):
+        mask = lab.root / "white_on_seven" / path.relative_to(lab.root / "masked")
+        mask.parent.mkdir(parents=True, exist_ok=True)
+        places = np.random.default_rng(int(path.stem)).permutation(runs.PATCH_COUNT) < runs.KEPT_COUNT
+        Image.fromarray(np.uint8(255) * np.kron(places.reshape(4, 4), np.ones((4, 4), np.uint8))).save(mask)
+    return lab.train(
+        "by_mask",
+        *("data.train=masked", "data.val=masked", "data.masks=white_on_seven", "data.train_masks=white_on_seven"),
+        *("skip.score=mask", "skip.start=0", "train.epochs=1"),
+    )
 
 
 @scenario
@@ -420,6 +455,72 @@ def test_a_run_stopped_in_mid_epoch_with_everything_on_is_the_unbroken_one(every
     assert checkpoint.load(resumed / "last.ckpt").arrays["optimizer.updates"] == STEPS // 2
     training = [[(line["step"], line["loss"]) for line in metrics_of(folder)[0]] for folder in (resumed, everything)]
     assert training[0] == training[1]
+
+
+@pytest.mark.slow
+def test_a_run_of_phases_stopped_within_one_and_between_two_is_the_unbroken_one(phased, phased_parted):
+    before, resumed = phased_parted
+    assert checkpoint.load(before / "last.ckpt").arrays["pos_embed"].shape == (1, 1 + 4, 16)
+    assert_same_run(resumed, phased[0])
+    ends = [
+        [(line["step"], line["top1"]) for line in metrics_of(folder)[1] if line["epoch"] % 1 == 0]
+        for folder in (phased[0], resumed)
+    ]
+    assert ends[0] == ends[1]
+    assert len(ends[0]) == 4
+
+
+@pytest.mark.slow
+def test_a_run_of_phases_says_what_each_is_and_how_long_it_compiled(phased, everything):
+    folder, ended = phased
+    told = [line for line in ended.stdout.splitlines() if line.startswith("phase ")]
+    expected = [
+        "phase 1 of 3, epochs 1 to 1: images of 8 pixels a side, 4 patch tokens, 2 of them skip blocks 1..1",
+        "phase 2 of 3, epochs 2 to 3: images of 16 pixels a side, 16 patch tokens, no tokens skip",
+        "phase 3 of 3, epochs 4 to 4: images of 16 pixels a side, 16 patch tokens, 9 of them skip blocks 1..1",
+    ]
+    assert told[:3] == expected
+    assert told[3:] == expected[1:]  # again where they begin
+    assert len(re.findall(r"^first step, compilation included: \d", ended.stdout, flags=re.MULTILINE)) == 3
+    assert len(json.loads(ended.stdout.splitlines()[-1])["first_step_seconds"]) == 3
+    rates = [[line["learning_rate"] for line in metrics_of(run)[0]] for run in (folder, everything)]
+    assert rates[0] == rates[1], "the schedule knows nothing of phases"
+
+
+@pytest.mark.slow
+def test_what_is_validated_between_phases_is_the_finished_model(phased, phased_parted):
+    """Whatever phase a checkpoint is of, what it is evaluated as gives the Top-1 that was told."""
+    runtime.start()
+    for folder in (phased_parted[0], phased[0]):
+        saved = checkpoint.load(folder / "last.ckpt")
+        assert (saved.config.model.image_size, saved.config.skip[0].keep_ratio, saved.config.phases) == (16, 0.45, ())
+        net = checkpoint.build_model(saved)
+        assert net.kept_tokens(Tensor(np.zeros((1, 3, 16, 16), np.float32))).shape == (1, runs.KEPT_COUNT)
+        ended = runs.run("evaluate", "last.ckpt", "--data", folder.parent / "val", cwd=folder)
+        validation = metrics_of(folder)[1][-1]
+        assert validation["step"] == saved.meta["step"]
+        assert json.loads(ended.stdout.splitlines()[-1])["top1"] == validation["top1"]
+
+
+def test_the_whole_state_goes_from_phase_to_phase_bit_by_bit(lab, monkeypatch):
+    """But for position embeddings of another size, with their moments, average and accumulated gradient."""
+    monkeypatch.chdir(lab.root)
+    trainer = trainer_of("train.output=carried", recipe="phased.yaml")
+    assert trainer.phase == 0
+    generator = np.random.default_rng(0)
+    state = {
+        parameter.name: generator.standard_normal(parameter.shape).astype(parameter.asnumpy().dtype)
+        for parameter in trainer.step.get_parameters()
+    }
+    resized = {f"{kind}pos_embed" for kind in ("", "adam_m.", "adam_v.", "ema.", "accumulated.")}
+    for phase, changed in ((1, resized), (2, set())):
+        trainer.phase = phase
+        carried = {p.name: p.asnumpy() for p in trainer.phase_step(state, lab.root).get_parameters()}
+        assert set(carried) == set(state)
+        differing = {name for name in state if carried[name].tobytes() != state[name].tobytes()}
+        assert differing == changed
+        state = carried
+    assert all(state[name].shape == (1, 1 + runs.PATCH_COUNT, 16) for name in resized)
 
 
 @pytest.mark.slow
@@ -678,6 +779,12 @@ def test_overfits_eight_images_and_reports_the_objects(overfitted):
 
 
 @pytest.mark.slow
+def test_masks_choose_the_patches_they_show(by_mask):
+    closing = json.loads(by_mask.stdout.splitlines()[-1])
+    assert (closing["object_kept"], closing["random_kept"]) == (1.0, runs.KEPT_COUNT / runs.PATCH_COUNT)
+
+
+@pytest.mark.slow
 def test_unreadable_images_are_named_once_and_replaced(half_precision):
     folder, names, ended = half_precision
     warnings = [line for line in ended.stdout.splitlines() if line.startswith("warning: ")]
@@ -720,6 +827,7 @@ def mistakes(tmp_path_factory):
     (root / "mixed" / "bare").mkdir()
     (root / "file").write_text("here before")
     runs.write_recipe(root / "recipe.yaml")
+    runs.write_recipe(root / "phased.yaml", PHASES)
     (root / "broken.yaml").write_text("model: {depth: 3")
     (root / "list.yaml").write_text("- model\n")
     (root / "binary.yaml").write_bytes(bytes(range(256)))
@@ -746,6 +854,12 @@ BAD_INPUT = [
     (["recipe.yaml", "skip.end=3"], ["skip.end", "2 blocks"]),
     (["recipe.yaml", "skip.keep_ratio=0"], ["skip.keep_ratio", "(0, 1]"]),
     (["recipe.yaml", "skip.keep_ratio=1.1"], ["skip.keep_ratio", "(0, 1]"]),
+    (["recipe.yaml", "skip.start=0"], ["skip.start", "cls_attention", "random"]),
+    (["recipe.yaml", "skip.score=mask"], ["data.masks", "skip.score=mask"]),
+    (["recipe.yaml", "skip.score=mask", "data.masks=val"], ["data.train_masks"]),
+    (["recipe.yaml", "skip.score=mask", "data.masks=other", "data.train_masks=train"], ["data.masks", "heron/001"]),
+    (["phased.yaml", "phases.1.share=0.4"], ["phases", "0.9", "1"]),
+    (["phased.yaml", "phases.0.image_size=6"], ["phases.0.image_size", "6", "patch_size"]),
     (["recipe.yaml", "model.num_heads=3"], ["model.num_heads", "model.embed_dim"]),
     (["recipe.yaml", "model.patch_size=5"], ["model.image_size", "model.patch_size"]),
     (["recipe.yaml", "model.num_classes=1"], ["model.num_classes", "2 classes"]),

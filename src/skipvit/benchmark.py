@@ -36,7 +36,7 @@ from mindspore import dtype as mstype
 from tqdm import tqdm
 
 from skipvit import audit, cost, data, runtime
-from skipvit.config import Config, SkipConfig, UserError, from_dict, load
+from skipvit.config import Config, SkipConfig, UserError, from_dict, given_spans, load
 from skipvit.log import Parser, RunFailed, git_commit, run_command
 from skipvit.model import VisionTransformer
 from skipvit.step import TrainStep
@@ -463,6 +463,9 @@ def training_step(config: Config) -> tuple[nn.Cell, list[Tensor]]:
         inputs.append(Tensor(data.drop_path_factors(config.model, seed=seed, step=0, rank=0, batch_size=B)))
     if config.model.dropout > 0:
         inputs.append(Tensor(data.dropout_seeds(config.model, seed=seed, step=0, rank=0)))
+    if given_spans(config):
+        maps = np.random.default_rng(0).random((B, config.model.num_patches), np.float32)
+        inputs.append(Tensor(data.given_scores(config, B, (data.SCORE, seed, 0, 0), maps)))
     return TrainStep(net, config), inputs
 
 

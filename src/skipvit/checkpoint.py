@@ -7,6 +7,7 @@ Nothing in it is ever executed.
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any, Optional, Union
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor
+from PIL import Image
 
 from skipvit import runtime
 from skipvit.config import Config, UserError, from_dict
@@ -39,7 +41,7 @@ class Checkpoint:
         path: where it was.
         arrays: every tensor by name.
         meta: ``config``, ``classes``, ``step`` and whatever else the trainer wrote.
-        config: the run's configuration.
+        config: of the finished model: the run's configuration, where that has phases as the last of them has it.
     """
 
     path: Path
@@ -122,7 +124,7 @@ def load(path: Path) -> Checkpoint:
         meta = json.loads(arrays.pop(META).tobytes())
         if meta["format"] != FORMAT:
             raise UserError(f"of format {meta['format']}, this release reads {FORMAT}")
-        return Checkpoint(path, arrays, meta, from_dict(meta["config"]))
+        return Checkpoint(path, arrays, meta, from_dict(meta["config"]).of_phase(-1))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except Exception as error:  # whole, but not written by `save`; MindSpore raises whatever its parser met
@@ -178,6 +180,32 @@ def restore(parameters: Iterable[Parameter], arrays: Mapping[str, np.ndarray], p
         parameter.set_data(Tensor(arrays[parameter.name], parameter.dtype))
 
 
+def fit_positions(arrays: Mapping[str, np.ndarray], num_patches: int) -> dict[str, np.ndarray]:
+    """The same arrays for images of ``num_patches`` patches: the position embedding, and what goes with it, resampled.
+
+    Weights and their average bicubically, as is usual. Adam's moments and accumulated gradients linearly: with weights
+    that are not negative the second moment stays above the first's square, and no step is out of proportion. What
+    fits already is the same array.
+    """
+    return {
+        name: _resample(array, num_patches, name) if name.split(".")[-1] == "pos_embed" else array
+        for name, array in arrays.items()
+    }
+
+
+def _resample(positions: np.ndarray, num_patches: int, name: str) -> np.ndarray:
+    """``(1, 1+N, D)`` to ``(1, 1+num_patches, D)``, CLS's as it is, the others as a picture of D channels."""
+    _, length, D = positions.shape
+    if length == 1 + num_patches:
+        return positions
+    method = Image.Resampling.BICUBIC if name in ("pos_embed", "ema.pos_embed") else Image.Resampling.BILINEAR
+    old, new = math.isqrt(length - 1), math.isqrt(num_patches)
+    channels = positions[0, 1:].astype(np.float32).reshape(old, old, D).transpose(2, 0, 1)
+    resized = [np.asarray(Image.fromarray(channel).resize((new, new), method)) for channel in channels]
+    patches = np.stack(resized, axis=-1).reshape(1, num_patches, D)
+    return np.concatenate([positions[:, :1], patches], axis=1)
+
+
 def _digest_entry(before: Union[bytes, memoryview]) -> bytes:
     return DIGEST_HEADER + hashlib.sha256(before).digest()
 
@@ -201,6 +229,8 @@ def build_model(checkpoint: Checkpoint, skip: bool = True) -> VisionTransformer:
         UserError: the weights are not those of the model that the configuration describes.
     """
     net = VisionTransformer(checkpoint.config.model, checkpoint.config.skip if skip else ())
-    names = [parameter.name for parameter in net.get_parameters()]
-    restore(net.get_parameters(), checkpoint.weights(names), checkpoint.path)
+    weights = checkpoint.weights(parameter.name for parameter in net.get_parameters())
+    if checkpoint.meta["config"].get("phases"):  # a phase before the last may have had other images
+        weights = fit_positions(weights, net.num_patches)
+    restore(net.get_parameters(), weights, checkpoint.path)
     return net

@@ -1,7 +1,7 @@
 """The configuration: frozen dataclasses, read from YAML and ``key=value`` overrides, checked before anything runs.
 
-A recipe under ``configs/`` gives the sections ``model``, ``skip``, ``data``, ``augment``, ``optim`` and ``train``;
-what it leaves out has the default written here. Each field is read where it is used, by its own name.
+A recipe under ``configs/`` gives the sections ``model``, ``skip``, ``phases``, ``data``, ``augment``, ``optim`` and
+``train``; what it leaves out has the default written here. Each field is read where it is used, by its own name.
 Nothing here imports MindSpore, so that a mistake is told before the slow part starts.
 """
 
@@ -16,12 +16,13 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, NamedTuple, Optional, Union
 
 import yaml
 
-SCORES = ("cls_attention",)
-SKIPPED = ("rejoin", "drop")
+SCORES = ("cls_attention", "cls_attention_value", "key_norm", "mean_attention", "random", "mask")
+GIVEN_SCORES = ("random", "mask")  # come with the batch; block start-1 gives the others
+SKIPPED = ("rejoin", "drop", "fuse")
 GELUS = ("exact", "tanh", "sigmoid")
 PRECISIONS = ("auto", "fp32", "fp16")
 CROPS = ("random_resized", "shift", "none")
@@ -37,6 +38,7 @@ FREE_ON_RESUME = frozenset(
         "data.train",
         "data.val",
         "data.masks",
+        "data.train_masks",
         "data.batch_size",
         "data.global_batch_size",
         "data.num_workers",
@@ -140,23 +142,29 @@ class ModelConfig:
 class SkipConfig:
     """One span of blocks that only the kept tokens pass: ``start .. end-1`` (SkipViT, section 3; DESIGN 1)."""
 
-    start: int = 3  # first block of the span; the CLS attention of block start-1 scores
+    start: int = 3  # first block of the span; block start-1 scores
     end: int = 11  # first block after the span; equal to the depth: rejoin before the final norm
     keep_ratio: float = 0.45  # share of the patch tokens that is kept
     align: int = 1  # the kept length is rounded up to a multiple of this (16 on Ascend's cube unit)
-    score: str = "cls_attention"
-    skipped: str = "rejoin"  # what becomes of the skipped tokens
+    score: str = "cls_attention"  # what makes a patch worth keeping, one of SCORES (tokens.py has their sources)
+    # What becomes of the skipped tokens: they rejoin before block `end`, or are dropped for good, or dropped with one
+    # token, their sum weighted by score, in their place (fuse).
+    skipped: str = "rejoin"
 
     def __post_init__(self) -> None:
         _one_of("skip.score", self.score, SCORES)
         _one_of("skip.skipped", self.skipped, SKIPPED)
         _at_least("skip.align", self.align, 1)
-        _at_least(
-            "skip.start",
-            self.start,
-            1,
-            "block start-1 scores the tokens, so a block must come before the span",
-        )
+        if self.score in GIVEN_SCORES:
+            _at_least("skip.start", self.start, 0)
+        else:
+            _at_least(
+                "skip.start",
+                self.start,
+                1,
+                f"block start-1 scores the tokens by {self.score}, so a block must come before the span; "
+                f"{' and '.join(GIVEN_SCORES)} need none",
+            )
         if not 0 < self.keep_ratio <= 1:
             raise UserError(f"skip.keep_ratio: {self.keep_ratio} is outside (0, 1]; the paper keeps 0.45")
         if self.start >= self.end:
@@ -164,13 +172,74 @@ class SkipConfig:
                 f"skip.start: {self.start} is not below skip.end {self.end}; the span start .. end-1 holds no block"
             )
 
-    def kept_count(self, num_patches: int) -> int:
-        """K, the patch tokens kept of ``num_patches`` (DESIGN 1.4): from the configuration alone, hence static."""
+    def kept_count(self, num_patches: int, lead: int = 1) -> int:
+        """K, the patch tokens kept of ``num_patches`` (DESIGN 1.4): from the configuration alone, hence static.
+
+        ``lead`` tokens besides patches are in the sequence already: CLS, and those that earlier spans fused.
+        """
         count = max(1, math.floor(self.keep_ratio * num_patches + 0.5))
-        if self.align > 1:
-            length = -(-(1 + count) // self.align) * self.align
-            count = min(length, num_patches + 1) - 1
+        if self.align > 1 and count < num_patches:
+            others = lead + (self.skipped == "fuse")
+            length = -(-(others + count) // self.align) * self.align
+            count = max(1, min(length, num_patches + 1) - others)
         return count
+
+
+class SpanShape(NamedTuple):
+    """What a span makes of the sequence."""
+
+    span: SkipConfig
+    lead: int  # tokens before the patches, which always go on: CLS, and one for each `fuse` before
+    live: int  # patch tokens there are to choose from
+    kept: int  # of these, K
+
+
+def span_shapes(spans: Sequence[SkipConfig], num_patches: int) -> tuple[SpanShape, ...]:
+    """Those of the spans, in order, that keep fewer patches than there are; the others do nothing."""
+    shapes = []
+    lead, live = 1, num_patches
+    for span in spans:
+        kept = span.kept_count(num_patches, lead)
+        if kept < live:
+            shapes.append(SpanShape(span, lead, live, kept))
+            if span.skipped != "rejoin":
+                live = kept
+            lead += span.skipped == "fuse"
+    return tuple(shapes)
+
+
+def given_spans(config: "Config") -> tuple[SkipConfig, ...]:
+    """The spans whose scores come with the batch, G of them."""
+    shapes = span_shapes(config.skip, config.model.num_patches)
+    return tuple(shape.span for shape in shapes if shape.span.score in GIVEN_SCORES)
+
+
+def block_lengths(spans: Sequence[SkipConfig], depth: int, num_patches: int) -> list[int]:
+    """Tokens that each of the ``depth`` blocks works on, CLS included."""
+    lengths = [1 + num_patches] * depth
+    for span, lead, _, kept in span_shapes(spans, num_patches):
+        length = lead + kept + (span.skipped == "fuse")
+        end = span.end if span.skipped == "rejoin" else depth
+        lengths[span.start : end] = [length] * (end - span.start)
+    return lengths
+
+
+@dataclass(frozen=True)
+class PhaseConfig:
+    """A part of the training with a static graph of its own: what it leaves out is as ``skip`` and ``model`` say.
+
+    The last phase says what the finished model is, which is validated and served.
+    """
+
+    share: float  # of train.epochs
+    keep_ratio: Optional[float] = None  # of every span; 1: no token skips
+    image_size: Optional[int] = None  # pixels a side; the position embedding is resampled where it changes
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise UserError(f"phases.share: {self.share} is outside (0, 1]; the shares of all phases add up to 1")
+        if self.keep_ratio is not None and not 0 < self.keep_ratio <= 1:
+            raise UserError(f"phases.keep_ratio: {self.keep_ratio} is outside (0, 1]; 1 keeps every token")
 
 
 @dataclass(frozen=True)
@@ -179,7 +248,8 @@ class DataConfig:
 
     train: str = "clutter"  # a folder, or `clutter`: the embedded data set, generated on first use
     val: Optional[str] = None  # None with `clutter`: its own
-    masks: Optional[str] = None  # folder parallel to val with the object's mask an image; `clutter` has its own
+    masks: Optional[str] = None  # folder parallel to val with a mask of each image's object; `clutter` has its own
+    train_masks: Optional[str] = None  # the same for train; needed by `score: mask` alone
     batch_size: int = 64  # images a rank and step
     global_batch_size: Optional[int] = None  # images a step over all ranks; given instead of batch_size
     num_workers: int = 2
@@ -313,6 +383,7 @@ class TrainConfig:
 SECTIONS: dict[str, Any] = {
     "model": ModelConfig,
     "skip": SkipConfig,
+    "phases": PhaseConfig,
     "data": DataConfig,
     "augment": AugmentConfig,
     "optim": OptimConfig,
@@ -322,10 +393,11 @@ SECTIONS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Config:
-    """A whole recipe. ``skip`` holds the spans in order; none is the plain ViT."""
+    """A whole recipe. ``skip`` holds the spans in order, none is the plain ViT; ``phases`` parts the epochs."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     skip: tuple[SkipConfig, ...] = field(default_factory=lambda: (SkipConfig(),))
+    phases: tuple[PhaseConfig, ...] = ()
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -333,6 +405,40 @@ class Config:
 
     def __post_init__(self) -> None:
         check_spans(self.skip, self.model.depth)
+        total = sum(phase.share for phase in self.phases)
+        if self.phases and abs(total - 1) > 1e-6:
+            shares = " + ".join(f"{phase.share:g}" for phase in self.phases)
+            raise UserError(f"phases: the shares {shares} add up to {total:g}; they must make 1")
+        ends = self.phase_ends()
+        for index, (start, end) in enumerate(zip([0, *ends], ends)):
+            if start == end:
+                raise UserError(
+                    f"phases.{index}.share: {self.phases[index].share:g} of train.epochs {self.train.epochs} "
+                    "is no whole epoch; give a larger share or more epochs"
+                )
+            try:
+                self.of_phase(index)
+            except UserError as error:
+                raise UserError(str(error).replace("model.image_size", f"phases.{index}.image_size", 1)) from None
+
+    def phase_ends(self) -> list[int]:
+        """The epoch after the last of each phase: the shares so far, rounded to whole epochs (halves up)."""
+        ends, total = [], 0.0
+        for phase in self.phases:
+            total += phase.share
+            ends.append(math.floor(total * self.train.epochs + 0.5 + 1e-6))
+        return ends or [self.train.epochs]
+
+    def of_phase(self, index: int) -> "Config":
+        """The recipe as one phase trains by it: ``model`` and ``skip`` are that phase's, and ``phases`` is empty."""
+        if not self.phases:
+            return self
+        phase, model, skip = self.phases[index], self.model, self.skip
+        if phase.image_size is not None:
+            model = dataclasses.replace(model, image_size=phase.image_size)
+        if phase.keep_ratio is not None:
+            skip = keeping(skip, phase.keep_ratio)
+        return self.replace(model=model, skip=skip, phases=())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and scalars, from which `from_dict` makes an equal Config."""
@@ -340,7 +446,8 @@ class Config:
             name: _plain(getattr(self, name)) for name in ("model", "data", "augment", "optim", "train")
         }
         plain["skip"] = [_plain(span) for span in self.skip] or None
-        return {section: plain[section] for section in ("model", "skip", "data", "augment", "optim", "train")}
+        plain["phases"] = [_plain(phase) for phase in self.phases] or None
+        return {section: plain[section] for section in SECTIONS}
 
     def to_yaml(self) -> str:
         """The resolved recipe as a run's folder keeps it."""
@@ -395,6 +502,7 @@ def from_dict(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
     return Config(
         model=model,
         skip=skip_spans(raw["skip"]) if "skip" in raw else default_skip(model),
+        phases=_phases(raw.get("phases")),
         data=_build(DataConfig, _section(raw, "data"), "data"),
         augment=_build(AugmentConfig, _section(raw, "augment"), "augment"),
         optim=_build(OptimConfig, _section(raw, "optim"), "optim"),
@@ -440,21 +548,37 @@ def skip_spans(skip: Any) -> tuple[SkipConfig, ...]:
     raise UserError(f"skip: {_short(skip)} is neither null nor a span; give start, end and keep_ratio")
 
 
+def keeping(spans: Sequence[SkipConfig], keep_ratio: float) -> tuple[SkipConfig, ...]:
+    """The spans with another share of the patches kept."""
+    return tuple(dataclasses.replace(span, keep_ratio=keep_ratio) for span in spans)
+
+
 def check_spans(spans: Sequence[SkipConfig], depth: int) -> None:
-    """Refuse spans beyond the model, out of order, or touching (the block between two spans scores the second)."""
+    """Refuse spans beyond the model, out of order, overlapping, or touching where a block on all tokens must score."""
     for index, span in enumerate(spans):
         where = "skip" if len(spans) == 1 else f"skip.{index}"
         if span.end > depth:
             raise UserError(f"{where}.end: {span.end} is beyond the model's {depth} blocks; at most {depth}")
-        if index and span.start <= spans[index - 1].end:
-            raise UserError(
-                f"{where}.start: {span.start} does not lie beyond the span before, which ends at "
-                f"{spans[index - 1].end}; at least {spans[index - 1].end + 1}, so that a block on all tokens scores"
-            )
-        if index and spans[index - 1].skipped != "rejoin":
-            raise UserError(
-                f"{where}: tokens that a span drops cannot be chosen from again; use skipped: rejoin before"
-            )
+        if index:
+            before = spans[index - 1]
+            scores = before.skipped == "rejoin" and span.score not in GIVEN_SCORES
+            if span.start < before.end + scores:
+                why = ", so that a block on all tokens scores" if scores else ""
+                raise UserError(
+                    f"{where}.start: {span.start} does not lie beyond the span before, which ends at {before.end}; "
+                    f"at least {before.end + scores}{why}"
+                )
+
+
+def _phases(raw: Any) -> tuple[PhaseConfig, ...]:
+    if raw is None:
+        return ()
+    if not isinstance(raw, (list, tuple)) or not raw:
+        raise UserError(f"phases: {_short(raw)} is no list of phases; each has a share, and keep_ratio or image_size")
+    for index, phase in enumerate(raw):
+        if isinstance(phase, Mapping) and "share" not in phase:
+            raise UserError(f"phases.{index}.share: not given; the shares of all phases add up to 1")
+    return tuple(_build(PhaseConfig, phase, f"phases.{index}") for index, phase in enumerate(raw))
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -494,8 +618,11 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         if node.get(part) is None:
             node[part] = {}
         node = node[part]
-    if isinstance(node, list) and parents == ["skip"] and not _is_index(last):
-        raise UserError(f"{override}: skip is a list of {len(node)} spans; say which, as in skip.0.{last}=")
+    if isinstance(node, list) and parents in (["skip"], ["phases"]) and not _is_index(last):
+        what = "spans" if parents == ["skip"] else "phases"
+        raise UserError(
+            f"{override}: {parents[0]} is a list of {len(node)} {what}; say which, as in {parents[0]}.0.{last}="
+        )
     if not isinstance(node, dict):
         raise UserError(f"{override}: {'.'.join(parents)} is no section")
     node[last] = value
@@ -584,6 +711,7 @@ def _unknown(key: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
     last = difflib.get_close_matches(key.split(".")[-1], [item.split(".")[-1] for item in known], n=1, cutoff=0.8)
     same_last = [item for item in known if last and item.split(".")[-1] == last[0]]
+    same_last.sort(key=lambda item: item.split(".")[0] != key.split(".")[0])  # its own section's first
     return f"{key}: unknown key; the nearest known one is {(same_last or near)[0]}"
 
 

@@ -8,7 +8,7 @@ it measures. One multiply-accumulate is 2 floating-point operations.
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from skipvit.config import ModelConfig, SkipConfig
+from skipvit.config import ModelConfig, SkipConfig, block_lengths, span_shapes
 
 
 class Product(NamedTuple):
@@ -16,7 +16,7 @@ class Product(NamedTuple):
 
     ``rows`` of a linear layer are an image's tokens, which the whole batch's share one product; the products of
     attention are each on their own (``batched``). ``gradients`` of the operands follow in training: 2, or 1 for the
-    patches (an image has no gradient), or 0 for scores.
+    patches (an image has no gradient) and for fused tokens (nor have their weights), or 0 for scores.
     """
 
     group: str
@@ -42,16 +42,10 @@ class Stage(NamedTuple):
 
 def stages(model: ModelConfig, spans: Sequence[SkipConfig]) -> list[Stage]:
     """Each block's token count (DESIGN 1.2 to 1.7)."""
-    N = model.num_patches
-    tokens = [1 + N] * model.depth
-    for span in spans:
-        last = span.end if span.skipped == "rejoin" else model.depth
-        for block in range(span.start, last):
-            tokens[block] = 1 + span.kept_count(N)
     last_block = model.depth - 1
     return [
         Stage(count, 1 if model.last_block_cls_only and block == last_block else count)
-        for block, count in enumerate(tokens)
+        for block, count in enumerate(block_lengths(spans, model.depth, model.num_patches))
     ]
 
 
@@ -59,7 +53,9 @@ def products(model: ModelConfig, spans: Sequence[SkipConfig] = (), num_classes: 
     """Every matrix product of the forward pass of one image, in the order the data flows."""
     D, H, N = model.embed_dim, model.num_heads, model.num_patches
     d = D // H
-    scoring = {span.start - 1 for span in spans if span.kept_count(N) < N}
+    # The attention of all tokens, for `mean_attention`, is the block's own; norms and given scores need no product.
+    of_cls = ("cls_attention", "cls_attention_value")
+    scoring = {span.start - 1 for span, *_ in span_shapes(spans, N) if span.score in of_cls}
     found = [Product("patches", N, 3 * model.patch_size**2, D, gradients=1)]
     for block, (tokens, queries) in enumerate(stages(model, spans)):
         found += [
@@ -73,6 +69,11 @@ def products(model: ModelConfig, spans: Sequence[SkipConfig] = (), num_classes: 
         ]
         if block in scoring:
             found.append(Product("scores", 1, d, tokens, H, batched=True, gradients=0))
+        found += [
+            Product("fuse", 1, shape.live - shape.kept, D, batched=True, gradients=1)
+            for shape in span_shapes(spans, N)
+            if shape.span.skipped == "fuse" and shape.span.start == block + 1
+        ]
     return [*found, Product("head", 1, D, model.num_classes or num_classes)]
 
 

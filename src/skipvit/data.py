@@ -3,8 +3,8 @@
 Seeds alone do not make an input pipeline repeat: stages and workers share the global generators, so their number
 changes the result. Here each choice has a key of its own and a generator made from it: an epoch's order from
 (seed, epoch), an image's augmentation from (seed, epoch, position), a batch's mixing from (seed, step, rank), a
-block's drop path from (seed, step, rank, block). So the batches are the same for any number of workers, threads or
-processes, and a resumed run starts at its step with nothing replayed.
+block's drop path and a span's random scores from (seed, step, rank, block). So the batches are the same for any number
+of workers, threads or processes, and a resumed run starts at its step with nothing replayed.
 
 A sample's way: `ImageFolder` lists it, `open_image` reads it, `augment_image` (training) or `resize_and_crop`
 (evaluation) makes it (3, S, S) of uint8, `TrainBatches` or `EvalBatches` puts a rank's whole batch together,
@@ -29,7 +29,7 @@ from mindspore.dataset.vision import Inter
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from skipvit import clutter
-from skipvit.config import AugmentConfig, Config, ModelConfig, UserError
+from skipvit.config import AugmentConfig, Config, ModelConfig, UserError, given_spans
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF")  # nothing that Pillow would run a program for
@@ -38,7 +38,7 @@ NAMES_SHOWN = 5  # of many files or classes in a message
 PREFETCH_BATCHES = 4  # finished batches that wait in MindSpore's queue (128 images of 224×224 are 19 MB)
 
 # First word of every key, so that no two purposes share a stream.
-ORDER, IMAGE, MIX, DROP_PATH, DROPOUT = 1, 2, 3, 4, 5
+ORDER, IMAGE, MIX, DROP_PATH, DROPOUT, SCORE, EVALUATION_SCORE = 1, 2, 3, 4, 5, 6, 7
 
 EXIF_ORIENTATION = 0x0112
 UPRIGHT = {  # EXIF orientation -> what turns the stored pixels upright (EXIF 2.3, 4.6.4 A)
@@ -166,31 +166,37 @@ def check_same_classes(train: ImageFolder, val: ImageFolder) -> None:
 
 
 class Folders(NamedTuple):
-    """What a run reads: ``masks`` is parallel to ``val``, or None where there are none."""
+    """What a run reads. ``masks`` is parallel to ``val``, ``train_masks`` to ``train``; None where there are none."""
 
     train: ImageFolder
     val: ImageFolder
     masks: Optional[Path]
+    train_masks: Optional[Path] = None
 
 
 def resolve_folders(config: Config) -> Folders:
-    """The folders that ``data.train``, ``data.val`` and ``data.masks`` mean; ``clutter`` is generated if need be.
+    """The folders that the section ``data`` means; ``clutter`` is generated if need be.
 
     Raises:
-        UserError: one is missing or wrong, the classes differ, or there are more than ``model.num_classes``.
+        UserError: one is missing or wrong, the classes differ, there are more than ``model.num_classes``, or a span
+            scores by masks and there are none.
     """
     data = config.data
-    train_root, val_root, masks = data.train, data.val, data.masks
+    train_root, val_root, masks, train_masks = data.train, data.val, data.masks, data.train_masks
+    by_mask = any(span.score == "mask" for span in config.skip)
     if train_root == "clutter":
         generated = clutter.ensure()
         train_root = str(generated / "train")
+        if by_mask:
+            train_masks = train_masks or str(generated / "masks" / "train")
         if val_root is None:
             val_root = str(generated / "val")
             masks = masks or str(generated / "masks" / "val")
     if val_root is None:
         raise UserError("data.val: not given; give the folder of the images to validate on, as data.val=FOLDER")
-    if masks is not None and not Path(masks).is_dir():
-        raise UserError(f"data.masks: {masks} is not a folder; leave it out where there are no masks")
+    for key, folder in (("masks", masks), ("train_masks", train_masks)):
+        if folder is not None and not Path(folder).is_dir():
+            raise UserError(f"data.{key}: {folder} is not a folder; leave it out where there are no masks")
     train, val = ImageFolder(train_root, "data.train"), ImageFolder(val_root, "data.val")
     check_same_classes(train, val)
     num_classes = config.model.num_classes
@@ -199,7 +205,11 @@ def resolve_folders(config: Config) -> Folders:
             f"model.num_classes: {num_classes} is fewer than the {len(train.classes)} classes of {train.root}; "
             "leave it out to have as many"
         )
-    return Folders(train, val, Path(masks) if masks is not None else None)
+    folders = Folders(train, val, *(None if folder is None else Path(folder) for folder in (masks, train_masks)))
+    if by_mask:
+        check_masks(folders.masks, val, "data.masks")
+        check_masks(folders.train_masks, train, "data.train_masks")
+    return folders
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -281,13 +291,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _why_unreadable(path: Path) -> str:
-    """The reason, read again: workers hand back only which images they could not read."""
+def _why_unreadable(*paths: Path) -> str:
+    """The reason, image and mask read again: workers hand back only which images they could not read."""
     try:
-        open_image(path)
+        for path in paths:
+            open_image(path)
     except UnreadableImage as error:
         return str(error)
-    return f"{path}: could not be read at first, though it can be now"
+    return f"{paths[0]}: could not be read at first, though it can be now"
 
 
 # ------------------------------------------------------------------------------------------------- one image
@@ -318,31 +329,35 @@ def evaluation_image(image: Image.Image, config: Config) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(cropped).transpose(2, 0, 1))
 
 
-def augment_image(image: Image.Image, config: Config, generator: np.random.Generator) -> np.ndarray:
+def augment_image(
+    image: Image.Image, config: Config, generator: np.random.Generator, mask: Optional[Image.Image] = None
+) -> np.ndarray:
     """An RGB image as training shows it to the model: cropped, flipped, RandAugmented, erased; uint8 (3, S, S).
 
-    The order is timm's: crop, flip, RandAugment, erasing.
+    The order is timm's: crop, flip, RandAugment, erasing. A ``mask`` (RGB too, of any size) follows the image wherever
+    it is moved to, and is the fourth channel of the result then: (4, S, S).
     """
     augment, size = config.augment, config.model.image_size
     resample = RESAMPLING[config.data.interpolation]
+    pictures = [image] if mask is None else [image, mask.resize(image.size, Image.Resampling.BILINEAR)]
     if augment.crop == "random_resized":
         box = random_resized_box(image.size, augment, generator)
-        image = image.resize((size, size), PILLOW_RESAMPLING[resample], box=box)
+        pictures = [picture.resize((size, size), PILLOW_RESAMPLING[resample], box=box) for picture in pictures]
     else:
-        image = resize_and_crop(image, size, 1.0, resample)
+        pictures = [resize_and_crop(picture, size, 1.0, resample) for picture in pictures]
     if augment.crop == "shift":
-        image = ImageOps.expand(image, augment.shift_pixels, fill=0)
         left, top = generator.integers(0, 2 * augment.shift_pixels, size=2, endpoint=True).tolist()
-        image = image.crop((left, top, left + size, top + size))
+        box = (left, top, left + size, top + size)
+        pictures = [ImageOps.expand(picture, augment.shift_pixels, fill=0).crop(box) for picture in pictures]
     if generator.random() < augment.horizontal_flip:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    pixels = np.asarray(image)
+        pictures = [picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for picture in pictures]
+    arrays = [np.asarray(picture) for picture in pictures]
     if augment.rand_augment_magnitude > 0:
-        pixels = rand_augment(pixels, config, generator)
-    pixels = np.array(pixels.transpose(2, 0, 1), order="C")
+        arrays = rand_augment(arrays, config, generator)
+    pixels = np.array(arrays[0].transpose(2, 0, 1), order="C")
     if generator.random() < augment.erase:
         erase(pixels, config, generator)
-    return pixels
+    return pixels if mask is None else np.concatenate([pixels, arrays[1][None, :, :, 0]])
 
 
 def random_resized_box(
@@ -457,22 +472,38 @@ RAND_AUGMENT: tuple[tuple[str, Callable[..., np.ndarray], Callable[[float, int],
 )
 
 
-def rand_augment(pixels: np.ndarray, config: Config, generator: np.random.Generator) -> np.ndarray:
-    """Apply random operations to uint8 (H, W, 3), each with probability one half, at a normally drawn magnitude.
+MOVING = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")  # what a mask must follow
+
+
+def rand_augment(pictures: list[np.ndarray], config: Config, generator: np.random.Generator) -> list[np.ndarray]:
+    """Apply random operations to an image, each with probability one half, at a normally drawn magnitude.
 
     Uncovered corners are filled with the data's mean colour, as timm does.
+
+    Args:
+        pictures: the image, uint8 (H, W, 3), and its mask alike where there is one, which is moved with it.
+        config: how many operations and how strong, ``data.mean`` and ``data.interpolation``.
+        generator: where the draws come from.
+
+    Returns:
+        As ``pictures``.
     """
     augment = config.augment
     fill = tuple(min(255, round(255 * value)) for value in config.data.mean)
     resample = RESAMPLING[config.data.interpolation]
     for _ in range(augment.rand_augment_layers):
-        _, operation, arguments = RAND_AUGMENT[generator.integers(len(RAND_AUGMENT))]
+        name, operation, arguments = RAND_AUGMENT[generator.integers(len(RAND_AUGMENT))]
         if generator.random() < 0.5:
             magnitude = generator.normal(augment.rand_augment_magnitude, augment.rand_augment_std)
             sign = 1 if generator.random() < 0.5 else -1
             severity = min(max(magnitude, 0.0), 10.0) / 10
-            pixels = operation(pixels, *arguments(severity, sign), fill_value=fill, resample=resample)
-    return pixels
+            drawn = arguments(severity, sign)
+            pixels, *masks = pictures
+            pixels = operation(pixels, *drawn, fill_value=fill, resample=resample)
+            if name in MOVING:
+                masks = [operation(mask, *drawn, fill_value=(0, 0, 0), resample=resample) for mask in masks]
+            pictures = [pixels, *masks]
+    return pictures
 
 
 # --------------------------------------------------------------------------------------------------- batches
@@ -488,14 +519,14 @@ def mix_batch(
     meets itself. Mixed values are rounded to whole bytes, as in timm's FastCollateMixup.
 
     Args:
-        images: uint8 (B, 3, S, S).
+        images: uint8 (B, 3, S, S), or with more channels that are mixed alike.
         labels: int (B,).
         augment: which of the two, how often, and the labels' smoothing.
         num_classes: C.
         generator: where the draws come from.
 
     Returns:
-        images uint8 (B, 3, S, S) and targets float32 (B, C), each row summing to 1.
+        images as given and targets float32 (B, C), each row summing to 1.
     """
     share = 1.0  # of itself that an image keeps
     if (augment.mixup > 0 or augment.cutmix > 0) and generator.random() < augment.mix_probability:
@@ -533,6 +564,45 @@ def drop_path_factors(model: ModelConfig, *, seed: int, step: int, rank: int, ba
 def dropout_seeds(model: ModelConfig, *, seed: int, step: int, rank: int) -> np.ndarray:
     """What dropout hashes with the place in the tensor: float32 (1 + depth, 3) in [0, 1), embedding first."""
     return keyed_generator(DROPOUT, seed, step, rank).random((1 + model.depth, 3), np.float32)
+
+
+def random_scores(num_patches: int, batch_size: int, *key: int) -> np.ndarray:
+    """Scores that order each image's patches by chance: float32 (B, N), permutations of 0 to N-1 over N.
+
+    A permutation has no ties, so each choice of K patches is as likely as any other (random-LTD, arXiv 2211.11586;
+    TREAD, arXiv 2501.04765).
+    """
+    ranks = np.tile(np.arange(num_patches, dtype=np.float32), (batch_size, 1))
+    return keyed_generator(*key).permuted(ranks, axis=1) / np.float32(num_patches)
+
+
+def given_scores(config: Config, batch_size: int, key: Sequence[int], maps: Optional[np.ndarray] = None) -> np.ndarray:
+    """What comes with a batch for the spans that score by it (`config.given_spans`): float32 (G, B, N).
+
+    Args:
+        config: the spans, N.
+        batch_size: B.
+        key: of the random scores; the span's start is added.
+        maps: (B, N), the masks' mean over each patch; needed where a span scores by ``mask``.
+    """
+    N = config.model.num_patches
+    scores = []
+    for span in given_spans(config):
+        if span.score == "random":
+            scores.append(random_scores(N, batch_size, *key, span.start))
+        elif maps is not None:
+            scores.append(maps)
+        else:
+            raise ValueError("a span scores by mask and no masks were given")
+    return np.stack(scores)
+
+
+def patch_means(masks: np.ndarray, patch_size: int) -> np.ndarray:
+    """Mean of each patch, row by row: uint8 (B, S, S) to float32 (B, N) in 0..1."""
+    B, S, _ = masks.shape
+    grid = S // patch_size
+    patches = masks.reshape(B, grid, patch_size, grid, patch_size)
+    return (patches.mean(axis=(2, 4)) / 255).astype(np.float32).reshape(B, grid * grid)
 
 
 class _Threads:
@@ -582,7 +652,8 @@ class TrainBatches:
     Items are a tuple in the order of ``columns``:
         images: uint8 (B, 3, S, S).
         targets: float32 (B, C), label smoothing and mixing included.
-        and each extra column, of the global step ``epoch * steps_per_epoch + step``.
+        each extra column, of the global step ``epoch * steps_per_epoch + step``.
+        scores: float32 (G, B, N), where a span is given its scores.
 
     Raises:
         UserError: the folder holds less than one global batch.
@@ -600,15 +671,22 @@ class TrainBatches:
         rank: int = 0,
         ranks: int = 1,
         extra_columns: Sequence[ExtraColumn] = (),
+        masks: Optional[Path] = None,
     ) -> None:
-        """Batches of ``epochs`` epochs from step ``start`` of ``epoch`` on; ``batch_size`` is the rank's."""
+        """Batches of ``epochs`` epochs from step ``start`` of ``epoch`` on.
+
+        ``batch_size`` is the rank's. ``masks``, parallel to ``folder``, is needed where a span scores by ``mask``.
+        """
         self.folder = folder
+        self.given = given_spans(config)
+        self.masks = masks if any(span.score == "mask" for span in self.given) else None
         self.config = config
         self.batch_size = batch_size
         self.rank = rank
         self.ranks = ranks
         self.extra_columns = tuple(extra_columns)
         self.columns = ["images", "targets", *(name for name, _ in self.extra_columns)]
+        self.columns += ["scores"] * bool(self.given)
         self.steps_per_epoch = steps_per_epoch(len(folder), batch_size * ranks)
         self.first_step = epoch * self.steps_per_epoch + start
         self.last_step = (epoch + epochs) * self.steps_per_epoch
@@ -628,15 +706,16 @@ class TrainBatches:
         epoch, step = divmod(global_step, self.steps_per_epoch)
         order = self._epoch_order(epoch)
         first = (step * self.ranks + self.rank) * self.batch_size
-        size = self.config.model.image_size
-        images = np.zeros((self.batch_size, 3, size, size), np.uint8)
+        size, seed = self.config.model.image_size, self.config.train.seed
+        # A mask is a fourth channel up to here, so that mixing an image with another mixes their masks alike.
+        images = np.zeros((self.batch_size, 3 if self.masks is None else 4, size, size), np.uint8)
         labels = np.zeros(self.batch_size, np.int32)
 
         def fill(place: int) -> None:
-            image, sample = self._readable(order, first + place)
+            image, mask, sample = self._readable(order, first + place)
             if image is not None:
-                generator = keyed_generator(IMAGE, self.config.train.seed, epoch, first + place)
-                images[place] = augment_image(image, self.config, generator)
+                generator = keyed_generator(IMAGE, seed, epoch, first + place)
+                images[place] = augment_image(image, self.config, generator, mask)
                 labels[place] = self.folder.labels[sample]
 
         self._threads.map(fill, range(self.batch_size))
@@ -645,9 +724,13 @@ class TrainBatches:
             labels,
             self.config.augment,
             self.config.model.num_classes or len(self.folder.classes),
-            keyed_generator(MIX, self.config.train.seed, global_step, self.rank),
+            keyed_generator(MIX, seed, global_step, self.rank),
         )
-        return (images, targets, *(column(global_step) for _, column in self.extra_columns))
+        columns = [column(global_step) for _, column in self.extra_columns]
+        if self.given:
+            maps = patch_means(images[:, 3], self.config.model.patch_size) if self.masks is not None else None
+            columns.append(given_scores(self.config, self.batch_size, (SCORE, seed, global_step, self.rank), maps))
+        return (np.ascontiguousarray(images[:, :3]), targets, *columns)
 
     def samples(self, index: int) -> np.ndarray:
         """Which images item ``index`` shows, were all readable: int (B,)."""
@@ -666,17 +749,20 @@ class TrainBatches:
         """The samples that were found unreadable so far, by whichever worker: int (…,), ascending."""
         return np.flatnonzero(self._unreadable)
 
-    def _readable(self, order: np.ndarray, position: int) -> tuple[Optional[Image.Image], int]:
-        """The image of a position or the next readable one, and its index; None where no image can be read."""
+    def _readable(self, order: np.ndarray, position: int) -> tuple[Optional[Image.Image], Optional[Image.Image], int]:
+        """The image of a position or the next readable one, its mask and index; None where no image can be read."""
         place = position // self.config.augment.repeats
         for ahead in range(len(order)):
             sample = int(order[(place + ahead) % len(order)])
             if not self._unreadable[sample]:
                 try:
-                    return open_image(self.folder.path(sample), least_training_side(self.config)), sample
+                    image = open_image(self.folder.path(sample), least_training_side(self.config))
+                    if self.masks is None:
+                        return image, None, sample
+                    return image, open_image(mask_path(self.masks, self.folder.names[sample])), sample
                 except UnreadableImage:
                     self._unreadable[sample] = 1
-        return None, -1
+        return None, None, -1
 
 
 class UnreadableCount:
@@ -716,6 +802,7 @@ class EvalBatches:
         images: uint8 (B, 3, S, S); black where not valid.
         labels: int32 (B,); 0 for a place beyond the last image, -1 for an image that cannot be read.
         valid: int32 (B,); 1 for what is to be counted, else 0.
+        scores: float32 (G, B, N), where a span is given its scores: random ones by the image's place in the folder.
     """
 
     def __init__(
@@ -727,15 +814,18 @@ class EvalBatches:
         rank: int = 0,
         ranks: int = 1,
         skip_unreadable: bool = False,
+        masks: Optional[Path] = None,
     ) -> None:
-        """All of ``folder``; ``batch_size`` is the rank's."""
+        """All of ``folder``; ``batch_size`` is the rank's. ``masks`` as for `TrainBatches`."""
         self.folder = folder
+        self.given = given_spans(config)
+        self.masks = masks if any(span.score == "mask" for span in self.given) else None
         self.config = config
         self.batch_size = batch_size
         self.rank = rank
         self.ranks = ranks
         self.skip_unreadable = skip_unreadable
-        self.columns = ["images", "labels", "valid"]
+        self.columns = ["images", "labels", "valid"] + ["scores"] * bool(self.given)
         self._threads = _Threads(1 if config.data.worker_processes else config.data.num_workers)
 
     def __len__(self) -> int:
@@ -748,6 +838,7 @@ class EvalBatches:
         images = np.zeros((self.batch_size, 3, size, size), np.uint8)
         labels = np.zeros(self.batch_size, np.int32)
         valid = np.zeros(self.batch_size, np.int32)
+        scores = np.zeros((len(self.given), self.batch_size, self.config.model.num_patches), np.float32)
         samples = self.samples(int(index))
 
         def fill(place: int) -> None:
@@ -756,6 +847,9 @@ class EvalBatches:
                 return
             try:
                 image = open_image(self.folder.path(sample))
+                if self.given:
+                    key = (EVALUATION_SCORE, self.config.train.seed, sample)
+                    scores[:, place] = given_scores(self.config, 1, key, self._map_of(sample))[:, 0]
             except UnreadableImage:
                 labels[place] = -1
                 return
@@ -764,7 +858,14 @@ class EvalBatches:
             valid[place] = 1
 
         self._threads.map(fill, range(self.batch_size))
-        return images, labels, valid
+        return (images, labels, valid, scores) if self.given else (images, labels, valid)
+
+    def _map_of(self, sample: int) -> Optional[np.ndarray]:
+        """The mean of the image's mask over each patch, (1, N), where there are masks."""
+        if self.masks is None:
+            return None
+        mask = evaluation_mask(mask_path(self.masks, self.folder.names[sample]), self.config)
+        return patch_means(mask[None], self.config.model.patch_size)
 
     def samples(self, index: int) -> np.ndarray:
         """Which images item ``index`` holds: int (B,), -1 for places beyond the last."""
@@ -779,10 +880,12 @@ class EvalBatches:
             UserError: there is one, and ``skip_unreadable`` is off. It is raised here and not by the item, since
                 MindSpore would turn an error in a worker into one of its own.
         """
-        paths = [self.folder.path(int(sample)) for sample in self.samples(index)[np.asarray(labels) < 0]]
-        if paths and not self.skip_unreadable:
-            raise UserError(f"{_why_unreadable(paths[0])}; mend or remove it (or evaluate with --skip-unreadable)")
-        return [str(path) for path in paths]
+        samples = self.samples(index)[np.asarray(labels) < 0]
+        if len(samples) and not self.skip_unreadable:
+            files = [self.folder.path(samples[0])]
+            files += [mask_path(self.masks, self.folder.names[samples[0]])] if self.masks is not None else []
+            raise UserError(f"{_why_unreadable(*files)}; mend or remove it (or evaluate with --skip-unreadable)")
+        return [str(self.folder.path(sample)) for sample in samples]
 
 
 def to_dataset(source: Union[TrainBatches, EvalBatches]) -> mindspore.dataset.GeneratorDataset:
@@ -821,7 +924,32 @@ def mask_path(masks: Path, name: str) -> Path:
     return (masks / name).with_suffix(".png")
 
 
-def object_patches(path: Union[str, Path], config: Config) -> np.ndarray:
+def check_masks(masks: Optional[Path], folder: ImageFolder, where: str) -> None:
+    """Refuse ``masks``, given as the key or option ``where``, unless each image of ``folder`` has one.
+
+    Raises:
+        UserError: naming the first that are missing.
+    """
+    if masks is None:
+        raise UserError(f"{where}: not given; skip.score=mask needs a folder with a mask of each image")
+    missing = [name for name in folder.names if not mask_path(masks, name).is_file()]
+    if missing:
+        raise UserError(
+            f"{where}: {masks} has no mask of {_first(missing)}; put it there under the image's name, as PNG"
+        )
+
+
+def evaluation_mask(path: Path, config: Config) -> np.ndarray:
+    """A mask in evaluation's geometry: uint8 (S, S).
+
+    Raises:
+        UnreadableImage: it is missing or no image.
+    """
+    mask = open_image(path).convert("L")
+    return np.asarray(resize_and_crop(mask, config.model.image_size, config.data.val_crop_ratio, Inter.NEAREST))
+
+
+def object_patches(path: Path, config: Config) -> np.ndarray:
     """The share of each patch that the object covers, in evaluation's geometry: float32 (N,), row by row.
 
     The mask is white on the object and black elsewhere.
@@ -829,15 +957,11 @@ def object_patches(path: Union[str, Path], config: Config) -> np.ndarray:
     Raises:
         UserError: the mask is missing or no image.
     """
-    size, patch = config.model.image_size, config.model.patch_size
     try:
-        mask = open_image(path).convert("L")
+        mask = evaluation_mask(path, config)
     except UnreadableImage as error:
         raise UserError(f"data.masks: {error}") from None
-    mask = resize_and_crop(mask, size, config.data.val_crop_ratio, Inter.NEAREST)
-    covered = np.asarray(mask) > 127
-    grid = size // patch
-    return covered.reshape(grid, patch, grid, patch).mean(axis=(1, 3)).astype(np.float32).reshape(-1)
+    return patch_means(np.where(mask > 127, np.uint8(255), np.uint8(0))[None], config.model.patch_size)[0]
 
 
 def _first(names: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -15,8 +15,8 @@ import numpy as np
 from mindspore import nn
 
 from skipvit import checkpoint, runtime
-from skipvit.config import Config, UserError
-from skipvit.data import EvalBatches, ImageFolder, mask_path, object_patches, to_dataset
+from skipvit.config import Config, UserError, given_spans, keeping
+from skipvit.data import EvalBatches, ImageFolder, check_masks, mask_path, object_patches, to_dataset
 from skipvit.log import Parser, RunFailed, run_command
 from skipvit.model import VisionTransformer
 from skipvit.step import Normalize
@@ -29,9 +29,12 @@ class Classify(nn.Cell):
         super().__init__(auto_prefix=False)
         self.net, self.normalize = net, Normalize(config.data.mean, config.data.std)
 
-    def construct(self, images):
-        """``(B, 3, S, S)`` uint8 to logits ``(B, C)`` and, for each span, patch indices ``(B, K)``."""
-        results = self.net.run(self.normalize(images))
+    def construct(self, images, scores=None):
+        """``(B, 3, S, S)`` uint8 to logits ``(B, C)`` and, for each span, patch indices ``(B, K)``.
+
+        ``scores`` ``(G, B, N)`` are those of the spans that are given theirs.
+        """
+        results = self.net.run(self.normalize(images), scores=scores)
         return (self.net.classify(results[0]),) + results[2:]  # noqa: RUF005 - MindSpore 2.0.0 parses no starred tuple
 
 
@@ -65,10 +68,10 @@ def evaluate(
     Args:
         classify: the model.
         folder: images whose classes are among ``classes``.
-        config: geometry of the images.
+        config: geometry of the images, and the model's spans.
         batch_size: a rank's; the last batch is padded and the padding not counted.
         classes: the model's, in the order of its logits.
-        masks: folder with each image's object mask, for the share of the object that was kept.
+        masks: folder with each image's object mask, for the share of the object that was kept, and for ``score: mask``.
         rank: this process.
         ranks: of so many.
         skip_unreadable: leave unreadable images out (they are named in the result) instead of raising.
@@ -83,14 +86,23 @@ def evaluate(
             f"{folder.root}: class {unknown[0]} is none of the model's {len(classes)}: {', '.join(classes[:5])} …"
         )
     label_of = np.array([list(classes).index(name) for name in folder.classes])
-    source = EvalBatches(folder, config, batch_size=batch_size, rank=rank, ranks=ranks, skip_unreadable=skip_unreadable)
+    source = EvalBatches(
+        folder,
+        config,
+        batch_size=batch_size,
+        rank=rank,
+        ranks=ranks,
+        skip_unreadable=skip_unreadable,
+        masks=masks,
+    )
     top1 = top5 = images = 0
     kept_shares: list[float] = []
     kept_count = 0
     unreadable: list[str] = []
     started = time.perf_counter()
-    for index, (batch, labels, valid) in enumerate(to_dataset(source).create_tuple_iterator(num_epochs=1)):
-        outputs = classify(batch)
+    for index, row in enumerate(to_dataset(source).create_tuple_iterator(num_epochs=1)):
+        batch, labels, valid, *scores = row
+        outputs = classify(batch, *scores)
         unreadable += source.check(index, labels.asnumpy())
         valid = valid.asnumpy().astype(bool)
         logits = outputs[0].asnumpy()[valid]
@@ -136,7 +148,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser = Parser(prog="python -m skipvit.evaluate", description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="a run's last.ckpt or best.ckpt")
     parser.add_argument("--data", type=Path, required=True, help="folder of <class>/<image>")
-    parser.add_argument("--no-skip", action="store_true", help="the same weights on all tokens in every block")
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument("--no-skip", action="store_true", help="the same weights on all tokens in every block")
+    choice.add_argument("--keep-ratio", type=float, metavar="R", help="the same weights with another share kept")
     parser.add_argument("--batch-size", type=int, default=64, help="images at once (default 64)")
     parser.add_argument("--masks", type=Path, help="folder parallel to --data with object masks, as clutter has")
     parser.add_argument("--skip-unreadable", action="store_true", help="leave unreadable images out, and name them")
@@ -145,15 +159,25 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         raise UserError(f"--batch-size: {arguments.batch_size} is below 1; give 1 or more")
     if arguments.masks is not None and not arguments.masks.is_dir():
         raise UserError(f"--masks: {arguments.masks} is not a folder; leave it out where there are no masks")
+    if arguments.keep_ratio is not None and not 0 < arguments.keep_ratio <= 1:
+        raise UserError(f"--keep-ratio: {arguments.keep_ratio} is outside (0, 1]; 1 keeps every token")
 
     runtime.start()
     saved = checkpoint.load(arguments.checkpoint)
     folder = ImageFolder(arguments.data, "--data")
-    classify = Classify(checkpoint.build_model(saved, skip=not arguments.no_skip), saved.config)
+    config = saved.config
+    if arguments.no_skip:
+        config = config.replace(skip=())
+    elif arguments.keep_ratio is not None:
+        if not config.skip:
+            raise UserError("--keep-ratio: no token skips in this checkpoint's model; leave it out")
+        config = config.replace(skip=keeping(config.skip, arguments.keep_ratio))
+    if any(span.score == "mask" for span in given_spans(config)):
+        check_masks(arguments.masks, folder, "--masks")
     result = evaluate(
-        classify,
+        Classify(checkpoint.build_model(replace(saved, config=config)), config),
         folder,
-        saved.config,
+        config,
         batch_size=min(arguments.batch_size, len(folder)),
         classes=saved.meta["classes"],
         masks=arguments.masks,

@@ -12,7 +12,17 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from skipvit import tokens as token_path
-from skipvit.config import MODEL_NAMES, ModelConfig, UserError, check_spans, default_skip, model_config, skip_spans
+from skipvit.config import (
+    GIVEN_SCORES,
+    MODEL_NAMES,
+    ModelConfig,
+    UserError,
+    check_spans,
+    default_skip,
+    model_config,
+    skip_spans,
+    span_shapes,
+)
 from skipvit.kernels import ExactGelu, affine_kernel, attention_kernel, layer_norm_kernel
 from skipvit.runtime import sort_dtype
 
@@ -96,7 +106,7 @@ def dropout(x, rate, seed):
 
 
 class Attention(nn.Cell):
-    """Multi-head self-attention; also gives query and key, from which tokens are scored."""
+    """Multi-head self-attention; also gives what tokens are scored from."""
 
     def __init__(self, config: ModelConfig, dtype):
         super().__init__()
@@ -108,7 +118,7 @@ class Attention(nn.Cell):
         self.attend = attention_kernel()
 
     def construct(self, x, cls_only=False):
-        """``(B, T, D)`` to output ``(B, Q, D)``, query ``(B, H, Q, d)`` and key ``(B, H, T, d)``.
+        """``(B, T, D)`` to output ``(B, Q, D)``, and a tuple of query ``(B, H, Q, d)``, key and value ``(B, H, T, d)``.
 
         All tokens are queries, Q = T, or with ``cls_only`` the CLS token alone, Q = 1.
         """
@@ -124,7 +134,7 @@ class Attention(nn.Cell):
         query, key, value = self.heads(query), self.heads(key), self.heads(value)
         out = self.attend(query * self.head_dim**-0.5, key, value)  # (B, H, Q, d)
         out = out.transpose(0, 2, 1, 3).reshape(B, query.shape[2], D)
-        return self.proj(out), query, key
+        return self.proj(out), (query, key, value)
 
     def heads(self, x):
         """``(B, T, D)`` to ``(B, H, T, d)``."""
@@ -171,15 +181,15 @@ class Block(nn.Cell):
             cls_only: compute the CLS token alone, for which the others are keys and values.
 
         Returns:
-            ``(B, Q, D)``, and the attention's query ``(B, H, Q, d)`` and key ``(B, H, T, d)``; Q is T, or 1.
+            ``(B, Q, D)``, and the attention's query ``(B, H, Q, d)``, key and value ``(B, H, T, d)``; Q is T, or 1.
         """
-        branch, query, key = self.attn(self.norm1(x), cls_only)
+        branch, parts = self.attn(self.norm1(x), cls_only)
         if cls_only:
             x = x[:, :1]
         x = x + self._regularize(branch, branch_factors, seeds, 0)
         branch = self.mlp(self.norm2(x), None if seeds is None else seeds[2])
         x = x + self._regularize(branch, branch_factors, seeds, 1)
-        return x, query, key
+        return x, parts
 
     def _regularize(self, branch, branch_factors, seeds, which):
         branch = branch.astype(mstype.float32)
@@ -245,10 +255,21 @@ class VisionTransformer(nn.Cell):
         super().__init__()
         check_spans(spans, config.depth)
         N, D = config.num_patches, config.embed_dim
-        # Plain numbers, because graph mode reads no dataclasses.
-        spans = tuple(span for span in spans if span.kept_count(N) < N)
+        # Plain numbers and words, because graph mode reads no dataclasses.
+        shapes = span_shapes(spans, N)
+        spans = tuple(shape.span for shape in shapes)
         self.span_bounds = tuple((span.start, span.end) for span in spans)
-        self.span_rejoins = tuple(span.skipped == "rejoin" for span in spans)
+        self.span_leads = tuple(shape.lead for shape in shapes)
+        self.span_kept = tuple(shape.kept for shape in shapes)
+        self.span_scores = tuple(span.score for span in spans)
+        self.span_skipped = tuple(span.skipped for span in spans)
+        # For each span the place of its scores among the given ones; -1: it scores by block start-1.
+        given = [index for index, span in enumerate(spans) if span.score in GIVEN_SCORES]
+        self.span_given = tuple(given.index(index) if index in given else -1 for index in range(len(spans)))
+        self.needs_scores = any(span.score == "mask" for span in spans)
+        # Where none come with the images `random` is this one choice for all.
+        fixed = [np.random.default_rng(index).permutation(N) / N for index in given]
+        self.fixed_scores = Tensor(np.array(fixed, np.float32)[:, None]) if given else None  # (G, 1, N)
         self.depth, self.num_patches = config.depth, N
         self.last_block_cls_only = config.last_block_cls_only
         self.dropout, self.sort_dtype = config.dropout, sort_dtype()
@@ -259,61 +280,85 @@ class VisionTransformer(nn.Cell):
         self.pos_embed = Parameter(Tensor(np.zeros((1, 1 + N, D), np.float32)))
         self.patch_embed = PatchEmbed(config, dtype)
         self.blocks = nn.CellList([Block(config, dtype) for _ in range(config.depth)])
-        self.splits = nn.CellList([token_path.Split(span.kept_count(N)) for span in spans])
+        self.splits = nn.CellList([token_path.Split(shape.kept, shape.lead) for shape in shapes])
         self.norm = LayerNorm(D)
         self.head = Linear(D, config.num_classes, dtype)
         initialize(self, seed)
 
-    def construct(self, images, drop_path=None, dropout_seeds=None):
+    def construct(self, images, drop_path=None, dropout_seeds=None, scores=None):
         """Logits.
 
         Args:
             images: ``(B, 3, S, S)``, normalised.
             drop_path: in training, the factor of each residual branch, ``(depth, 2, B)``: 0 or 1 / (1 - rate).
             dropout_seeds: in training with dropout, ``(1 + depth, 3)`` in [0, 1).
+            scores: ``(G, B, N)`` float32 for the G spans whose score is ``random`` or ``mask``. None: ``random`` is
+                one fixed choice for all images.
 
         Returns:
             ``(B, C)`` float32.
-        """
-        return self.classify(self.run(images, drop_path, dropout_seeds, self.last_block_cls_only)[0])
 
-    def run(self, images, drop_path=None, dropout_seeds=None, cls_only=False):
+        Raises:
+            ValueError: a span scores by ``mask`` and there are no scores.
+        """
+        return self.classify(self.run(images, drop_path, dropout_seeds, scores, self.last_block_cls_only)[0])
+
+    def run(self, images, drop_path=None, dropout_seeds=None, scores=None, cls_only=False):
         """From images through the last block.
 
         Args:
-            images: as in `construct`, and so are the next two.
+            images: as in `construct`, and so are the next three.
             drop_path: see there.
             dropout_seeds: see there.
+            scores: see there.
             cls_only: only the CLS token is wanted, so the last block computes no other.
 
         Returns:
-            A tuple of the tokens ``(B, T, D)``, CLS first, then patches in no particular order (``(B, 1, D)`` if
-            ``cls_only``); the place ``(B, N)`` that each of all patches in this order has in the image; and for each
-            span the places ``(B, K)`` kept.
+            A tuple of the tokens ``(B, T, D)``, CLS first, then those fused, then patches in no particular order
+            (``(B, 1, D)`` if ``cls_only``); the place ``(B, L)`` that each of the patches in this order has in the
+            image; and for each span the places ``(B, K)`` kept.
         """
+        if scores is None and self.needs_scores:
+            raise ValueError("skip.score=mask: the masks' scores (G, B, N) must come with the images, as scores=")
+        if scores is None and self.fixed_scores is not None:
+            scores = self.fixed_scores + ops.zeros((1, images.shape[0], 1), mstype.float32)
         x = self.embed(images, dropout_seeds)  # (B, 1+N, D)
         places = ops.zeros((images.shape[0], 1), mstype.int32) + Tensor(np.arange(self.num_patches, dtype=np.int32))
         kept_places = ()
+        parts = ()
         block = 0
         for index, (start, end) in enumerate(self.span_bounds):
-            # Early blocks, all tokens; the last of them scores.
-            for i in range(block, start - 1):
-                x, _, _ = self.run_block(i, x, drop_path, dropout_seeds, cls_only)
-            x, query, key = self.run_block(start - 1, x, drop_path, dropout_seeds, cls_only)
-            order = token_path.rank(token_path.cls_attention(query, key), self.sort_dtype)
-            kept, skipped = self.splits[index](x, order, token_path.inverse(order, self.place_dtype))
+            # Early blocks, all tokens there are; the last of them scores.
+            for i in range(block, start):
+                x, parts = self.run_block(i, x, drop_path, dropout_seeds, cls_only)
+            score = self.score(index, parts, scores, places)
+            order = token_path.rank(score, self.sort_dtype)
+            positions = token_path.inverse(order, self.place_dtype)
             places = token_path.gather(ops.expand_dims(places, -1), order)[:, :, 0]
-            kept_places += (places[:, : kept.shape[1] - 1],)  # type: ignore[assignment]
-            # Middle blocks, kept tokens only.
+            kept_places += (places[:, : self.span_kept[index]],)  # type: ignore[assignment]
+            kept, skipped = self.splits[index](x, order, positions)
+            if self.span_skipped[index] == "fuse":
+                kept = token_path.fuse(kept, skipped, score, order, self.span_leads[index])
+            # Middle blocks, kept tokens only; the next span may begin right behind and be scored by the last of them.
             for i in range(start, end):
-                kept, _, _ = self.run_block(i, kept, drop_path, dropout_seeds, cls_only)
-            rejoins = self.span_rejoins[index] and not (cls_only and end == self.depth)
-            x = token_path.rejoin(kept, skipped) if rejoins else kept
+                kept, parts = self.run_block(i, kept, drop_path, dropout_seeds, cls_only)
+            rejoins = self.span_skipped[index] == "rejoin"
+            if not rejoins:
+                places = kept_places[index]
+            x = token_path.rejoin(kept, skipped) if rejoins and not (cls_only and end == self.depth) else kept
             block = end
         # Late blocks.
         for i in range(block, self.depth):
-            x, _, _ = self.run_block(i, x, drop_path, dropout_seeds, cls_only)
+            x, _ = self.run_block(i, x, drop_path, dropout_seeds, cls_only)
         return (x, places) + kept_places  # noqa: RUF005 - MindSpore 2.0.0 parses no starred tuple
+
+    def score(self, index, parts, scores, places):
+        """Score of each patch for span number ``index``: ``(B, L)`` float32, in the order of ``places (B, L)``."""
+        given = self.span_given[index]
+        if given < 0:
+            return token_path.score(self.span_scores[index], parts, self.span_leads[index])
+        of_places = token_path.gather(ops.expand_dims(scores[given], -1), places)[:, :, 0]
+        return token_path.as_mass(of_places)
 
     def classify(self, tokens):
         """Norm and head on the CLS token: ``(B, T, D)`` to ``(B, C)`` float32."""
@@ -334,21 +379,21 @@ class VisionTransformer(nn.Cell):
         seeds = None if dropout_seeds is None else dropout_seeds[i + 1]
         return self.blocks[i](x, branch_factors, seeds, cls_only and i == self.depth - 1)
 
-    def forward_features(self, images):
-        """All tokens after the final norm, in image order: ``(B, 3, S, S)`` to ``(B, 1+N, D)``.
+    def forward_features(self, images, scores=None):
+        """All tokens after the final norm, in image order: ``(B, 3, S, S)`` to ``(B, 1+N, D)``; scores as `construct`.
 
         Raises:
             ValueError: the tokens of a span are dropped or fused, so no full grid exists.
         """
-        if not all(self.span_rejoins):
+        if any(skipped != "rejoin" for skipped in self.span_skipped):
             raise ValueError("forward_features: skip.skipped drops tokens, so no full grid exists; use skipped=rejoin")
-        results = self.run(images)
+        results = self.run(images, scores=scores)
         tokens, places = self.norm(results[0]), results[1]
         if not self.span_bounds:
             return tokens
         return token_path.image_order(tokens, token_path.inverse(places, self.place_dtype))
 
-    def kept_tokens(self, images, span=0):
+    def kept_tokens(self, images, span=0, scores=None):
         """Which patches pass span number ``span``: ``(B, K)`` int32 indices in image order (ascending).
 
         Raises:
@@ -356,7 +401,7 @@ class VisionTransformer(nn.Cell):
         """
         if span < 0 or span >= len(self.span_bounds):
             raise ValueError(f"kept_tokens: the model skips in {len(self.span_bounds)} spans, there is no span {span}")
-        kept_places = self.run(images)[2 + span]
+        kept_places = self.run(images, scores=scores)[2 + span]
         return token_path.ascending(kept_places, self.place_dtype)
 
 

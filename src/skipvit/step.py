@@ -1,7 +1,7 @@
 """The training step: normalise, forward, loss, backward, reduce, clip, update. One Cell, one graph.
 
-What varies from step to step (learning rate, drop path, dropout seeds) comes with the batch, so the graph holds no
-random state and no schedule, and a step is a function of its inputs and the parameters.
+What varies from step to step (learning rate, drop path, dropout seeds, random scores) comes with the batch, so the
+graph holds no random state and no schedule, and a step is a function of its inputs and the parameters.
 """
 
 import numpy as np
@@ -9,7 +9,7 @@ from mindspore import Parameter, ParameterTuple, Tensor, amp, nn, ops
 from mindspore import dtype as mstype
 
 from skipvit import runtime
-from skipvit.config import Config
+from skipvit.config import Config, given_spans
 from skipvit.optim import AdamW
 
 # Dynamic loss scaling: halved at an overflow, doubled after so many steps without one (MindSpore's own defaults).
@@ -44,9 +44,9 @@ class Loss(nn.Cell):
         self.net, self.normalize = net, normalize
         self.log_softmax = ops.LogSoftmax(-1)
 
-    def construct(self, images, targets, drop_path, dropout_seeds, scale):
+    def construct(self, images, targets, drop_path, dropout_seeds, scores, scale):
         """``scale *`` the loss of images ``(B, 3, S, S)`` uint8 and targets ``(B, C)``; a float32 scalar."""
-        logits = self.net(self.normalize(images), drop_path, dropout_seeds)
+        logits = self.net(self.normalize(images), drop_path, dropout_seeds, scores)
         return -(targets * self.log_softmax(logits)).sum(-1).mean() * scale
 
 
@@ -95,6 +95,8 @@ class TrainStep(nn.Cell):
         self.weights = ParameterTuple(net.trainable_params())
         self.optimizer = AdamW(net.trainable_params(), optim)
         self.has_drop_path, self.has_dropout = config.model.drop_path > 0, config.model.dropout > 0
+        self.has_scores = bool(given_spans(config))
+        self.dropout_place = int(self.has_drop_path)  # of dropout's seeds in what comes with the batch
         self.gradient = ops.GradOperation(get_by_list=True)
         self.ranks = ranks
         if ranks > 1:
@@ -127,15 +129,16 @@ class TrainStep(nn.Cell):
             images: ``(B, 3, S, S)`` uint8.
             targets: ``(B, C)`` float32, rows adding up to 1.
             rate: ``(1,)`` float32, the learning rate.
-            *randomness: drop path's factors ``(depth, 2, B)`` and dropout's seeds ``(1 + depth, 3)``, those of them
-                that the configuration uses.
+            *randomness: drop path's factors ``(depth, 2, B)``, dropout's seeds ``(1 + depth, 3)`` and the scores
+                ``(G, B, N)`` of spans that are given theirs, those of them that the configuration uses.
         """
         drop_path = randomness[0] if self.has_drop_path else None
-        seeds = randomness[-1] if self.has_dropout else None
+        seeds = randomness[self.dropout_place] if self.has_dropout else None
+        scores = randomness[-1] if self.has_scores else None
         scale = self.loss_scale if self.scales else self.one
         # The forward pass stands here twice and is compiled once: equal nodes are merged.
-        loss = self.loss(images, targets, drop_path, seeds, scale) / scale
-        gradients = self.gradient(self.loss, self.weights)(images, targets, drop_path, seeds, scale)
+        loss = self.loss(images, targets, drop_path, seeds, scores, scale) / scale
+        gradients = self.gradient(self.loss, self.weights)(images, targets, drop_path, seeds, scores, scale)
         ops.assign_add(self.loss_sum, loss)
         ops.assign_add(self.steps, 1)
 

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Callable, Optional
 
@@ -19,7 +19,7 @@ import numpy as np
 from mindspore import Tensor, ops
 
 from skipvit import checkpoint, runtime
-from skipvit.config import Config, UserError, load
+from skipvit.config import Config, UserError, from_dict, load, span_shapes
 from skipvit.data import (
     Folders,
     TrainBatches,
@@ -104,6 +104,7 @@ class Trainer:
 
     def __init__(self, config: Config, folders: Folders, process: runtime.Process, stop: StopSignal):
         self.config, self.folders, self.process, self.stop = config, folders, process, stop
+        self.final = config.of_phase(-1)
         self.folder = Path(config.train.output)
         self.global_batch = config.data.batch_size * process.ranks
         self.steps_per_epoch = steps_per_epoch(len(folders.train), self.global_batch)
@@ -113,23 +114,19 @@ class Trainer:
         resumed, warnings = self.open_folder()
         self.check_same_start(resumed)
 
-        net = VisionTransformer(
-            config.model, config.skip, runtime.compute_dtype(config.train.precision), config.train.seed
-        )
-        self.step = TrainStep(net, config, process.ranks)
+        self.phase = self.phase_at(resumed.meta["step"] if resumed is not None else 0)
+        self.step = self.phase_step(resumed.arrays if resumed is not None else None, self.folder)
         if resumed is not None:
-            checkpoint.restore(self.step.get_parameters(), resumed.arrays, resumed.path)
             self.step_count, self.best_top1 = resumed.meta["step"], resumed.meta["best_top1"]
         self.log = RunLog(self.folder if process.rank == 0 else None, self.step_count)
-        self.classify, self.refresh_weights = self.evaluation_model(net)
+        self.classify, self.refresh_weights = self.evaluation_model()
 
         for warning in warnings:
             self.log.say(f"warning: {warning}")
-        parameters = sum(parameter.size for parameter in net.get_parameters())
-        self.log.say(
-            f"{config.model.name}: {parameters:,} parameters, {config.model.num_patches} patch tokens, "
-            + (", ".join(self.describe_span(span) for span in config.skip) or "no tokens skip")
-        )
+        parameters = sum(parameter.size for parameter in self.classify.net.get_parameters())
+        self.log.say(f"{config.model.name}: {parameters:,} parameters, {self.describe_tokens(self.final)}")
+        for index in range(len(config.phases)):
+            self.log.say(self.describe_phase(index))
         self.log.say(
             f"{len(folders.train)} training and {len(folders.val)} validation images, {len(folders.train.classes)} "
             f"classes; {self.steps_per_epoch} steps an epoch of {process.ranks} x {config.data.batch_size} images; "
@@ -141,10 +138,39 @@ class Trainer:
             other_ranks = f", with {now} rank{'s' * (now > 1)}; the run had {before}" if now != before else ""
             self.log.say(f"going on from {resumed.path}, step {self.step_count}/{self.total_steps}{other_ranks}")
 
-    def describe_span(self, span: Any) -> str:
-        """A span in words."""
-        N = self.config.model.num_patches
-        return f"{N - span.kept_count(N)} of them skip blocks {span.start}..{span.end - 1}"
+    def phase_at(self, step: int) -> int:
+        """The phase that the step after ``step`` steps belongs to; the last where the run is at its end."""
+        ends = self.config.phase_ends()
+        return next((index for index, end in enumerate(ends) if step < end * self.steps_per_epoch), len(ends) - 1)
+
+    def phase_step(self, arrays: Optional[Mapping[str, np.ndarray]], source: Path) -> TrainStep:
+        """The training step of the current phase, a graph of its own, with the whole state of ``arrays`` (from
+        ``source``) bit by bit, but for a position embedding of another size; None: with initial weights.
+        """
+        config = self.config.of_phase(self.phase)
+        dtype = runtime.compute_dtype(config.train.precision)
+        net = VisionTransformer(config.model, config.skip, dtype, config.train.seed)
+        step = TrainStep(net, config, self.process.ranks)
+        if arrays is not None:
+            checkpoint.restore(step.get_parameters(), checkpoint.fit_positions(arrays, net.num_patches), source)
+        return step
+
+    def describe_tokens(self, config: Config) -> str:
+        """What becomes of a model's tokens, in words."""
+        spans = []
+        for span, _, live, kept in span_shapes(config.skip, config.model.num_patches):
+            how = {"rejoin": f"skip blocks {span.start}..{span.end - 1}"}
+            spans.append(f"{live - kept} of them " + how.get(span.skipped, f"leave before block {span.start}"))
+        return f"{config.model.num_patches} patch tokens, " + (", ".join(spans) or "no tokens skip")
+
+    def describe_phase(self, index: int) -> str:
+        """When a phase is, and what is different in it, in words."""
+        ends, config = self.config.phase_ends(), self.config.of_phase(index)
+        first = ends[index - 1] if index else 0
+        return (
+            f"phase {index + 1} of {len(ends)}, epochs {first + 1} to {ends[index]}: images of "
+            f"{config.model.image_size} pixels a side, {self.describe_tokens(config)}"
+        )
 
     def describe_schedule(self) -> str:
         """What depends on the batch over all ranks, and what an epoch shows, in words."""
@@ -208,7 +234,7 @@ class Trainer:
 
     def check_identity(self, resumed: checkpoint.Checkpoint) -> None:
         """Refuse to go on with a run that another configuration or other data began."""
-        theirs, ours = resumed.config.identity(), self.config.identity()
+        theirs, ours = from_dict(resumed.meta["config"]).identity(), self.config.identity()
         for key in sorted(set(theirs) | set(ours)):
             if theirs.get(key) != ours.get(key):
                 raise UserError(
@@ -238,21 +264,27 @@ class Trainer:
                 f"train.output: {self.folder} cannot be written ({error.strerror}); choose another"
             ) from None
 
-    def evaluation_model(self, net: VisionTransformer) -> tuple[Classify, Callable[[], None]]:
-        """What is validated, and what brings its weights up to date: with EMA a second model with the averages."""
-        config = self.config
-        if not config.optim.ema_decay:
-            return Classify(net, config), lambda: None
-        averaged = VisionTransformer(config.model, config.skip, runtime.compute_dtype(config.train.precision))
+    def evaluation_model(self) -> tuple[Classify, Callable[[], None]]:
+        """What is validated, and what brings its weights up to date.
 
-        average_of = {average.name: average for average in self.step.optimizer.averages}
+        That is the model as it will be when finished: with EMA or phases it is another than the one that trains.
+        """
+        config = self.final
+        if not config.optim.ema_decay and not self.config.phases:
+            return Classify(self.step.loss.net, config), lambda: None
+        served = VisionTransformer(config.model, config.skip, runtime.compute_dtype(config.train.precision))
 
         def refresh() -> None:
-            for parameter in averaged.get_parameters():
+            state = {parameter.name: parameter for parameter in self.step.get_parameters()}
+            for parameter in served.get_parameters():
+                value = state.get(f"ema.{parameter.name}", state[parameter.name])
+                if value.shape != parameter.shape:
+                    arrays = checkpoint.fit_positions({value.name: value.asnumpy()}, config.model.num_patches)
+                    value = Tensor(arrays[value.name])
                 # In place: the graph that evaluates holds on to the parameter's memory.
-                ops.assign(parameter, average_of[f"ema.{parameter.name}"])
+                ops.assign(parameter, value)
 
-        return Classify(averaged, config), refresh
+        return Classify(served, config), refresh
 
     def run(self) -> int:
         """Train to the end, or until a signal; the exit code."""
@@ -281,6 +313,7 @@ class Trainer:
             "images_per_second": round(clock.images_per_second(), 1),
             "checkpoint": str(self.folder / checkpoint.LAST),
             "best_top1": self.best_top1,
+            "first_step_seconds": [round(seconds, 1) for seconds in clock.first_steps],
         }
         if result.object_kept is not None:
             self.log.say(
@@ -293,25 +326,43 @@ class Trainer:
         return 0
 
     def train_until(self, last_step: int, clock: "Clock") -> Optional[Result]:
-        """The steps up to ``last_step``, with validation and checkpoints at the epochs' ends."""
+        """The steps up to ``last_step``, phase by phase; the last validation's result."""
+        unreadable = UnreadableCount(self.folders.train, self.config.data.max_unreadable_share)
+        progress = Progress(self.log, last_step, self.step_count, self.config.train.log_every_steps)
+        result = None
+        while self.step_count < last_step and self.ending() is None:
+            phase = self.phase_at(self.step_count)
+            if phase != self.phase:
+                self.phase = phase
+                state = {parameter.name: parameter.asnumpy() for parameter in self.step.get_parameters()}
+                self.step = self.phase_step(state, self.folder)
+                self.log.say(self.describe_phase(phase))
+            result = self.train_phase(last_step, clock, progress, unreadable)
+        progress.close()
+        return result
+
+    def train_phase(
+        self, last_step: int, clock: "Clock", progress: Progress, unreadable: UnreadableCount
+    ) -> Optional[Result]:
+        """The steps to the phase's end or ``last_step``, with validation and checkpoints at the epochs' ends."""
         train = self.config.train
         epoch, start = divmod(self.step_count, self.steps_per_epoch)
+        end = self.config.phase_ends()[self.phase]
         source = TrainBatches(
             self.folders.train,
-            self.config,
+            self.config.of_phase(self.phase),
             batch_size=self.config.data.batch_size,
             epoch=epoch,
             start=start,
-            epochs=train.epochs - epoch,
+            epochs=end - epoch,
             rank=self.process.rank,
             ranks=self.process.ranks,
             extra_columns=self.step_columns(),
+            masks=self.folders.train_masks,
         )
         sink_steps = largest_divisor(math.gcd(self.steps_per_epoch, self.step_count, last_step), train.sink_steps or 1)
-        unreadable = UnreadableCount(self.folders.train, self.config.data.max_unreadable_share)
-        progress = Progress(self.log, last_step, self.step_count, train.log_every_steps)
         result = None
-        clock.start()
+        clock.start_compiling()
         for _ in runtime.sinks(self.step, to_dataset(source), sink_steps):
             first = clock.sink_done(sink_steps)
             if first is not None:
@@ -329,9 +380,8 @@ class Trainer:
                     result = self.validate()
                 self.save(result)
                 clock.start()
-            if at_end or stopping:
+            if at_end or stopping or self.step_count == end * self.steps_per_epoch:
                 break
-        progress.close()
         return result
 
     def step_columns(self) -> list[tuple[str, Callable[[int], np.ndarray]]]:
@@ -408,7 +458,7 @@ class Trainer:
         result = evaluate(
             self.classify,
             self.folders.val,
-            self.config,
+            self.final,
             batch_size=min(self.config.data.batch_size, len(self.folders.val)),
             classes=self.folders.train.classes,
             masks=self.folders.masks,
@@ -475,9 +525,15 @@ class Clock:
 
     def __init__(self, global_batch: int):
         self.global_batch = global_batch
-        self.compiled = False
+        self.compiling = True
+        self.first_steps: list[float] = []  # seconds of each graph's first sink, which compiles it
         self.seconds, self.images = 0.0, 0
         self.started = 0.0
+
+    def start_compiling(self) -> None:
+        """From here on time is training, by a graph that its first sink will compile."""
+        self.compiling = True
+        self.start()
 
     def start(self) -> None:
         """From here on time is training."""
@@ -488,12 +544,12 @@ class Clock:
         self.seconds += time.perf_counter() - self.started
 
     def sink_done(self, steps: int) -> Optional[float]:
-        """A sink has ended; for the first, which compiled, its seconds, and the clock begins anew."""
-        if not self.compiled:
-            self.compiled = True
-            first = time.perf_counter() - self.started
+        """A sink has ended; for the first of a graph, which compiled, its seconds, and the clock begins anew."""
+        if self.compiling:
+            self.compiling = False
+            self.first_steps.append(time.perf_counter() - self.started)
             self.start()
-            return first
+            return self.first_steps[-1]
         self.images += steps * self.global_batch
         self.pause()
         self.start()
