@@ -245,7 +245,10 @@ class VisionTransformer(nn.Cell):
         check_spans(spans, config.depth)
         N, D = config.num_patches, config.embed_dim
         # Plain numbers, because graph mode reads no dataclasses.
-        spans = tuple(span for span in spans if span.kept_count(N) < N)
+        skipping = [index for index, span in enumerate(spans) if span.kept_count(N) < N]
+        # For each span its place among those that skip; -1: it keeps every token.
+        self.span_places = tuple(skipping.index(index) if index in skipping else -1 for index in range(len(spans)))
+        spans = tuple(spans[index] for index in skipping)
         self.span_bounds = tuple((span.start, span.end) for span in spans)
         self.span_rejoins = tuple(span.skipped == "rejoin" for span in spans)
         self.depth, self.num_patches = config.depth, N
@@ -262,6 +265,9 @@ class VisionTransformer(nn.Cell):
         self.norm = LayerNorm(D)
         self.head = Linear(D, config.num_classes, dtype)
         initialize(self, seed)
+        # Past Cell's bookkeeping: they hold this model, not the other way round.
+        object.__setattr__(self, "features_graph", Features(self))
+        object.__setattr__(self, "kept_tokens_graph", KeptTokens(self))
 
     def construct(self, images, drop_path=None, dropout_seeds=None):
         """Logits.
@@ -286,19 +292,23 @@ class VisionTransformer(nn.Cell):
             cls_only: only the CLS token is wanted, so the last block computes no other.
 
         Returns:
-            A tuple of the tokens ``(B, T, D)``, T = 1 if ``cls_only``, CLS first, then patches in no particular order; the place ``(B, N)``
-            that each of all patches in this order has in the image; and for each span the places ``(B, K)`` kept.
+            A tuple of the tokens ``(B, T, D)``, T = 1 if ``cls_only``, CLS first, then patches in no particular order;
+            the place ``(B, N)`` that each of all patches in this order has in the image; for each span that skips the
+            places ``(B, K)`` kept; and for each of them the scores ``(B, L)`` it chose by and these patches' places
+            ``(B, L)``.
         """
         x = self.embed(images, dropout_seeds)  # (B, 1+N, D)
         places = ops.zeros((images.shape[0], 1), mstype.int32) + Tensor(np.arange(self.num_patches, dtype=np.int32))
-        kept_places = ()
+        kept_places, scores = (), ()
         block = 0
         for index, (start, end) in enumerate(self.span_bounds):
             # Early blocks, all tokens; the last of them scores.
             for i in range(block, start - 1):
                 x, _, _ = self.run_block(i, x, drop_path, dropout_seeds, cls_only)
             x, query, key = self.run_block(start - 1, x, drop_path, dropout_seeds, cls_only)
-            order = token_path.rank(token_path.cls_attention(query, key), self.sort_dtype)
+            score = token_path.cls_attention(query, key)
+            scores += (score, places)  # type: ignore[assignment]
+            order = token_path.rank(score, self.sort_dtype)
             kept, skipped = self.splits[index](x, order, token_path.inverse(order, self.place_dtype))
             places = token_path.gather(ops.expand_dims(places, -1), order)[:, :, 0]
             kept_places += (places[:, : kept.shape[1] - 1],)  # type: ignore[assignment]
@@ -311,7 +321,7 @@ class VisionTransformer(nn.Cell):
         # Late blocks.
         for i in range(block, self.depth):
             x, _, _ = self.run_block(i, x, drop_path, dropout_seeds, cls_only)
-        return (x, places) + kept_places  # noqa: RUF005 - MindSpore 2.0.0 parses no starred tuple
+        return (x, places) + kept_places + scores  # noqa: RUF005 - MindSpore 2.0.0 parses no starred tuple
 
     def classify(self, tokens):
         """Norm and head on the CLS token: ``(B, T, D)`` to ``(B, C)`` float32."""
@@ -333,29 +343,57 @@ class VisionTransformer(nn.Cell):
         return self.blocks[i](x, branch_factors, seeds, cls_only and i == self.depth - 1)
 
     def forward_features(self, images):
-        """All tokens after the final norm, in image order: ``(B, 3, S, S)`` to ``(B, 1+N, D)``.
+        """All tokens after the final norm, in image order: ``(B, 3, S, S)`` to ``(B, 1+N, D)``, CLS first.
+
+        A head for a dense task (segmentation, detection) works on ``[:, 1:]``, the patches row by row.
 
         Raises:
             ValueError: the tokens of a span are dropped or fused, so no full grid exists.
         """
         if not all(self.span_rejoins):
             raise ValueError("forward_features: skip.skipped drops tokens, so no full grid exists; use skipped=rejoin")
-        results = self.run(images)
-        tokens, places = self.norm(results[0]), results[1]
-        if not self.span_bounds:
-            return tokens
-        return token_path.image_order(tokens, token_path.inverse(places, self.place_dtype))
+        return self.features_graph(images)
 
     def kept_tokens(self, images, span=0):
         """Which patches pass span number ``span``: ``(B, K)`` int32 indices in image order (ascending).
 
         Raises:
-            ValueError: the model has no such span (or it keeps every token).
+            ValueError: the model has no such span.
         """
-        if span < 0 or span >= len(self.span_bounds):
-            raise ValueError(f"kept_tokens: the model skips in {len(self.span_bounds)} spans, there is no span {span}")
-        kept_places = self.run(images)[2 + span]
-        return token_path.ascending(kept_places, self.place_dtype)
+        if span < 0 or span >= len(self.span_places):
+            raise ValueError(f"kept_tokens: the model skips in {len(self.span_places)} spans, there is no span {span}")
+        return self.kept_tokens_graph(images, self.span_places[span])
+
+
+class Features(nn.Cell):
+    """`VisionTransformer.forward_features` as one graph; outside a Cell each block would be compiled by itself."""
+
+    def __init__(self, net):
+        super().__init__(auto_prefix=False)
+        self.net = net
+
+    def construct(self, images):
+        """``(B, 3, S, S)`` to ``(B, 1+N, D)``."""
+        results = self.net.run(images)
+        tokens, places = self.net.norm(results[0]), results[1]
+        if not self.net.span_bounds:
+            return tokens
+        return token_path.image_order(tokens, token_path.inverse(places, self.net.place_dtype))
+
+
+class KeptTokens(nn.Cell):
+    """`VisionTransformer.kept_tokens` as one graph."""
+
+    def __init__(self, net):
+        super().__init__(auto_prefix=False)
+        self.net = net
+
+    def construct(self, images, place):
+        """``(B, 3, S, S)`` to ``(B, K)`` int32; ``place`` is the span's among those that skip, -1: it keeps all."""
+        if place < 0:
+            all_places = Tensor(np.arange(self.net.num_patches, dtype=np.int32))
+            return ops.zeros((images.shape[0], 1), mstype.int32) + all_places
+        return token_path.ascending(self.net.run(images)[2 + place], self.net.place_dtype)
 
 
 def initialize(net, seed):
