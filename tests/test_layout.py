@@ -24,6 +24,7 @@ LIBRARY = [
     "checkpoint",
     "log",
     "draw",
+    "inference",
     "launch",
 ]
 COMMANDS = ["evaluate", "train", "benchmark", "visualize", "predict", "convert", "export"]

@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -326,6 +327,7 @@ def test_a_runs_folder_tells_how_it_was_made(whole):
     assert names == {
         *("config.yaml", "run.json", "metrics.jsonl", "train.log"),
         *("last.ckpt", "previous.ckpt", "best.ckpt"),
+        *("curves.png", "tokens.png"),
     }
     about = json.loads((folder / "run.json").read_text())
     assert about["mindspore"] == ms.__version__
@@ -340,6 +342,23 @@ def test_a_runs_folder_tells_how_it_was_made(whole):
     logged = (folder / "train.log").read_text()
     for line in ended.stdout.splitlines()[:-1]:
         assert line in logged
+
+
+def test_a_run_leaves_its_pictures(whole):
+    for name, least in (("curves.png", (1000, 600)), ("tokens.png", (1000, 600))):
+        with Image.open(whole[0] / name) as picture:
+            picture.load()
+            assert picture.size >= least, name
+
+
+def test_a_run_whose_pictures_cannot_be_drawn_ends_well(lab, whole, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.chdir(lab.root)
+    assert run_command(train.main, ["recipe.yaml", "train.output=plain", "train.max_steps=1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2].startswith("warning: no pictures: pictures need matplotlib")
+    assert json.loads(lines[-1])["steps"] == 1
+    assert not list((lab.root / "plain").glob("*.png"))
 
 
 def test_the_resolved_configuration_is_kept_and_can_be_loaded_again(lab, whole):

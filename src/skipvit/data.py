@@ -124,6 +124,21 @@ class ImageFolder:
         return f"{len(self)} images, sha256 {digest.hexdigest()}"
 
 
+def images_in(folder: Union[str, Path]) -> list[Path]:
+    """The images of a folder and its folders, sorted; what counts as one, and links, as in `ImageFolder`.
+
+    Raises:
+        UserError: it cannot be listed, or holds none.
+    """
+    try:
+        images = sorted(Path(folder, name) for name in _images_below(Path(folder), "."))
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be listed ({error.strerror})") from None
+    if not images:
+        raise UserError(f"{folder}: holds no images; they end in {' '.join(IMAGE_SUFFIXES)}")
+    return images
+
+
 def _visible(folder: Union[str, Path]) -> Iterator["os.DirEntry[str]"]:
     with os.scandir(folder) as entries:
         yield from (entry for entry in entries if not entry.name.startswith("."))

@@ -18,7 +18,7 @@ from typing import Any, Callable, Optional
 import numpy as np
 from mindspore import Tensor, ops
 
-from skipvit import checkpoint, runtime
+from skipvit import checkpoint, draw, runtime
 from skipvit.config import Config, UserError, load
 from skipvit.data import (
     Folders,
@@ -30,11 +30,14 @@ from skipvit.data import (
     steps_per_epoch,
     to_dataset,
 )
-from skipvit.evaluate import Classify, Result, evaluate, summary
-from skipvit.log import Parser, Progress, RunFailed, RunLog, git_commit, run_command
+from skipvit.evaluate import Result, evaluate, summary
+from skipvit.inference import Classify, views
+from skipvit.log import Parser, Progress, RunFailed, RunLog, git_commit, read_metrics, run_command
 from skipvit.model import VisionTransformer
 from skipvit.optim import learning_rate
 from skipvit.step import TrainStep
+
+PICTURED = 8  # validation images in a run's picture of tokens
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -289,8 +292,25 @@ class Trainer:
             )
             closing.update(object_kept=result.object_kept, random_kept=result.random_kept)
         if self.process.rank == 0:
+            self.draw_pictures()
             print(json.dumps(closing), flush=True)
         return 0
+
+    def draw_pictures(self) -> None:
+        """How the run went and, where tokens skip, which ones in some validation images; a run never fails by it."""
+        images, config = self.folders.val, self.config
+        chosen = np.linspace(0, len(images) - 1, min(PICTURED, len(images))).round().astype(int)
+        try:
+            draw.write(draw.curves({str(self.folder): read_metrics(self.folder)}), self.folder / "curves.png")
+            if self.classify.net.span_bounds:
+                paths = [images.path(index) for index in chosen]
+                # Of validation's batch size: its graph is there already.
+                batch_size = min(config.data.batch_size, len(images))
+                shown = views(self.classify, config, images.classes, paths, batch_size)
+                rows = [draw.Row(str(path), of_image[:1]) for path, of_image in zip(paths, shown)]
+                draw.write(draw.tokens(rows), self.folder / "tokens.png")
+        except (UserError, OSError) as error:
+            self.log.say(f"warning: no pictures: {error}")
 
     def train_until(self, last_step: int, clock: "Clock") -> Optional[Result]:
         """The steps up to ``last_step``, with validation and checkpoints at the epochs' ends."""
