@@ -7,6 +7,7 @@ Nothing in it is ever executed.
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any, Optional, Union
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor
+from PIL import Image
 
 from skipvit import runtime
 from skipvit.config import Config, UserError, from_dict
@@ -176,6 +178,58 @@ def restore(parameters: Iterable[Parameter], arrays: Mapping[str, np.ndarray], p
             )
     for parameter in parameters:
         parameter.set_data(Tensor(arrays[parameter.name], parameter.dtype))
+
+
+def fit_positions(arrays: Mapping[str, np.ndarray], num_patches: int) -> dict[str, np.ndarray]:
+    """The same arrays for images of ``num_patches`` patches: the position embedding is resampled as timm does it.
+
+    Bicubically, smoothed where it shrinks. What fits already is the same array.
+    """
+    return {name: _resample(array, num_patches) if name == "pos_embed" else array for name, array in arrays.items()}
+
+
+def _resample(positions: np.ndarray, num_patches: int) -> np.ndarray:
+    """``(1, 1+N, D)`` to ``(1, 1+num_patches, D)``, CLS's as it is, the others as a picture of D channels."""
+    _, length, D = positions.shape
+    if length == 1 + num_patches:
+        return positions
+    old, new = math.isqrt(length - 1), math.isqrt(num_patches)
+    channels = positions[0, 1:].astype(np.float32).reshape(old, old, D).transpose(2, 0, 1)
+    resized = [
+        np.asarray(Image.fromarray(channel).resize((new, new), Image.Resampling.BICUBIC)) for channel in channels
+    ]
+    patches = np.stack(resized, axis=-1).reshape(1, num_patches, D)
+    return np.concatenate([positions[:, :1], patches], axis=1)
+
+
+def transfer(net: VisionTransformer, arrays: Mapping[str, np.ndarray], path: Path) -> list[str]:
+    """Give a model the weights of another that may have another number of classes or image size.
+
+    Args:
+        net: its head stays as it is where the number of classes differs.
+        arrays: the other's weights by name; without a head, this model's stays too.
+        path: where they are from.
+
+    Returns:
+        What is not as it was, a line each.
+
+    Raises:
+        UserError: they are of a model that differs in more than that.
+    """
+    own = {parameter.name: parameter for parameter in net.get_parameters()}
+    changes = []
+    arrays = dict(arrays)
+    grids = [math.isqrt(count) for count in (arrays["pos_embed"].shape[1] - 1, net.num_patches)]
+    if grids[0] != grids[1]:
+        arrays = fit_positions(arrays, net.num_patches)
+        changes.append(f"the position embedding is resampled from {grids[0]} x {grids[0]} to {grids[1]} x {grids[1]}")
+    classes, theirs = own["head.weight"].shape[0], arrays.get("head.weight")
+    if theirs is None or theirs.shape[0] != classes:
+        had = "has none" if theirs is None else f"has {theirs.shape[0]}"
+        changes.append(f"the head is new, for {classes} classes; {path} {had}")
+        arrays.update({name: own[name].asnumpy() for name in ("head.weight", "head.bias")})
+    restore(own.values(), arrays, path)
+    return changes
 
 
 def _digest_entry(before: Union[bytes, memoryview]) -> bytes:

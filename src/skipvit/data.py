@@ -311,9 +311,9 @@ def _why_unreadable(path: Path) -> str:
 def resize_and_crop(image: Image.Image, size: int, crop_ratio: float, resample: Inter) -> Image.Image:
     """Evaluation's geometry: the shorter side to ``size / crop_ratio``, then the central ``size``×``size``.
 
-    Rounding is that of torchvision's Resize and CenterCrop, so published weights meet the pixels they expect.
+    Rounding is that of timm and of torchvision's Resize and CenterCrop: published weights meet the pixels they expect.
     """
-    shorter = max(size, round(size / crop_ratio))
+    shorter = max(size, math.floor(size / crop_ratio))
     width, height = image.size
     if width <= height:
         wanted = (shorter, max(shorter, int(shorter * height / width)))
