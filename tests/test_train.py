@@ -412,6 +412,49 @@ def test_every_line_of_the_metrics_is_json(lab, whole):
     assert [line["learning_rate"] for line in training] == pytest.approx(rates)
 
 
+# ------------------------------------------------------------------------------------- from other weights
+
+
+def test_a_run_may_begin_with_other_weights_for_other_classes_and_images(lab, whole, monkeypatch, capsys):
+    """At a learning rate of 0, what it ends with is what it began with."""
+    monkeypatch.chdir(lab.root)
+    for part, count in (("train", 8), ("val", 4)):
+        runs.write_images(lab.root / "birds" / part, count, classes=("owl", "rook", "tit"))
+    rates = [f"optim.{name}=0" for name in ("learning_rate", "warmup_learning_rate", "min_learning_rate")]
+    folders = ["data.train=birds/train", "data.val=birds/val", "data.mean=[0.5,0.5,0.5]", "model.image_size=20"]
+    options = [*rates, *folders, "train.init_from=whole/best.ckpt", "train.output=tuned", "train.max_steps=1"]
+    assert run_command(train.main, ["recipe.yaml", *options]) == 0
+    said = capsys.readouterr().out
+    assert "initial weights from whole/best.ckpt\n" in said
+    assert "the position embedding is resampled from 4 x 4 to 5 x 5\n" in said
+    assert "the head is new, for 3 classes; whole/best.ckpt has 2\n" in said
+    assert "warning: data.mean is [0.5, 0.5, 0.5] here, and those weights know [0.485, 0.456, 0.406]" in said
+    before, after = checkpoint.load(whole[0] / "best.ckpt").arrays, checkpoint.load(lab.root / "tuned/last.ckpt").arrays
+    assert after["head.weight"].shape == (3, 16)
+    assert after["pos_embed"].shape == (1, 26, 16)
+    same = [name for name in after if name.startswith(("blocks", "patch_embed", "norm", "cls_token"))]
+    assert len(same) == 2 * 12 + 2 + 2 + 1
+    for name in same:
+        np.testing.assert_array_equal(after[name], before[name], err_msg=name)
+    assert after["optimizer.updates"] == 1
+
+    # On a resume the file is not needed any more, but the run's identity stays.
+    options[options.index("train.max_steps=1")] = "train.max_steps=2"
+    os.rename(lab.root / "whole/best.ckpt", lab.root / "whole/moved.ckpt")
+    try:
+        assert run_command(train.main, ["recipe.yaml", *options, "train.resume=auto"]) == 0
+    finally:
+        os.rename(lab.root / "whole/moved.ckpt", lab.root / "whole/best.ckpt")
+    assert "initial weights" not in capsys.readouterr().out
+
+
+def test_weights_of_a_larger_model_are_refused(lab, whole, monkeypatch, capsys):
+    monkeypatch.chdir(lab.root)
+    arguments = ["recipe.yaml", "model.embed_dim=32", "train.init_from=whole/last.ckpt", "train.output=larger"]
+    code = run_command(train.main, arguments)
+    runs.assert_bad_input(code, capsys.readouterr().err, "whole/last.ckpt", "of another model")
+
+
 # ------------------------------------------------------------------------------------- the same to the bit
 
 
@@ -777,6 +820,7 @@ BAD_INPUT = [
     (["recipe.yaml", "data.val=other"], ["data.val", "owl", "heron"]),
     (["recipe.yaml", "data.masks=missing"], ["data.masks", "missing"]),
     (["recipe.yaml", "data.batch_size=9"], ["data.batch_size", "9", "8"]),
+    (["recipe.yaml", "train.init_from=missing.ckpt"], ["missing.ckpt", "no such checkpoint"]),
     (["recipe.yaml", "train.output=file"], ["train.output", "file"]),
     (["recipe.yaml", "train.output=file/run"], ["train.output", "file/run"]),
     (["recipe.yaml", "train.output=/proc/skipvit"], ["train.output", "/proc/skipvit"]),

@@ -219,10 +219,10 @@ def transfer(net: VisionTransformer, arrays: Mapping[str, np.ndarray], path: Pat
     own = {parameter.name: parameter for parameter in net.get_parameters()}
     changes = []
     arrays = dict(arrays)
-    grids = [math.isqrt(count) for count in (arrays["pos_embed"].shape[1] - 1, net.num_patches)]
-    if grids[0] != grids[1]:
+    if "pos_embed" in arrays and arrays["pos_embed"].shape[1] != 1 + net.num_patches:
+        old, new = math.isqrt(arrays["pos_embed"].shape[1] - 1), math.isqrt(net.num_patches)
         arrays = fit_positions(arrays, net.num_patches)
-        changes.append(f"the position embedding is resampled from {grids[0]} x {grids[0]} to {grids[1]} x {grids[1]}")
+        changes.append(f"the position embedding is resampled from {old} x {old} to {new} x {new}")
     classes, theirs = own["head.weight"].shape[0], arrays.get("head.weight")
     if theirs is None or theirs.shape[0] != classes:
         had = "has none" if theirs is None else f"has {theirs.shape[0]}"

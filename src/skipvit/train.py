@@ -113,12 +113,14 @@ class Trainer:
         self.total_steps = config.train.epochs * self.steps_per_epoch
         self.best_top1 = -1.0
         self.step_count = 0
+        self.source: Optional[checkpoint.Checkpoint] = None  # of the initial weights, for a run that begins
         resumed, warnings = self.open_folder()
         self.check_same_start(resumed)
 
         net = VisionTransformer(
             config.model, config.skip, runtime.compute_dtype(config.train.precision), config.train.seed
         )
+        changes: list[str] = self.take_weights(net, self.source) if self.source is not None else []
         self.step = TrainStep(net, config, process.ranks)
         if resumed is not None:
             checkpoint.restore(self.step.get_parameters(), resumed.arrays, resumed.path)
@@ -139,10 +141,27 @@ class Trainer:
             f"MindSpore {runtime.versions()['mindspore']} on {runtime.versions()['device']}, {config.train.precision}"
         )
         self.log.say(self.describe_schedule())
+        for change in changes:
+            self.log.say(change)
         if resumed is not None:
             before, now = resumed.meta.get("ranks", process.ranks), process.ranks
             other_ranks = f", with {now} rank{'s' * (now > 1)}; the run had {before}" if now != before else ""
             self.log.say(f"going on from {resumed.path}, step {self.step_count}/{self.total_steps}{other_ranks}")
+
+    def take_weights(self, net: VisionTransformer, source: checkpoint.Checkpoint) -> list[str]:
+        """Begin with the weights of ``train.init_from``; what is to be said of it.
+
+        Raises:
+            UserError: they are of a model that differs in more than classes and image size.
+        """
+        names = [name for name in (parameter.name for parameter in net.get_parameters()) if name in source.arrays]
+        said = [f"initial weights from {source.path}"]
+        said += checkpoint.transfer(net, source.weights(names), source.path)
+        for name in ("mean", "std"):
+            ours, theirs = list(getattr(self.config.data, name)), list(getattr(source.config.data, name))
+            if ours != theirs:
+                said.append(f"warning: data.{name} is {ours} here, and those weights know {theirs}")
+        return said
 
     def describe_span(self, span: Any) -> str:
         """A span in words."""
@@ -169,11 +188,13 @@ class Trainer:
         Raises:
             UserError: it holds a run and ``train.resume=no``, or one of another identity, or cannot be written.
         """
+        resumed, warnings = checkpoint.find(self.folder)
+        if resumed is None and self.config.train.init_from is not None:
+            self.source = checkpoint.load(Path(self.config.train.init_from))
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"train.output: {self.folder} cannot be made ({error.strerror}); choose another") from None
-        resumed, warnings = checkpoint.find(self.folder)
         if resumed is None:
             if self.process.rank == 0:
                 self.write_description()
