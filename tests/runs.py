@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import reference
 import yaml
+from mindspore import Parameter, Tensor
 from PIL import Image
 
-from skipvit import checkpoint
+from skipvit import checkpoint, config
 
 ROOT = Path(__file__).resolve().parent.parent
 PATCH_COUNT, KEPT_COUNT = 16, 7  # of the recipe's model
@@ -35,6 +37,37 @@ def write_recipe(path, phases=None, **sections):
     recipe = {**RECIPE, **{name: {**RECIPE.get(name, {}), **keys} for name, keys in sections.items()}, "phases": phases}
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return path
+
+
+def write_checkpoint(path, classes, seed=17, **sections):
+    """A checkpoint of the recipe's model, some keys replaced, with the reference's parameters; these are returned."""
+    keys = {**RECIPE, **{name: {**RECIPE.get(name, {}), **keys} for name, keys in sections.items() if name != "skip"}}
+    keys["skip"] = sections.get("skip", RECIPE["skip"])
+    recipe = config.from_dict({**keys, "model": {"num_classes": len(classes), **keys["model"]}})
+    model = recipe.model
+    parameters = reference.init(
+        seed,
+        image_size=model.image_size,
+        patch_size=model.patch_size,
+        embed_dim=model.embed_dim,
+        depth=model.depth,
+        num_classes=model.num_classes,
+    )
+    saved = [Parameter(Tensor(np.asarray(value, np.float32)), name=name) for name, value in parameters.items()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.save(path, saved, {"config": recipe.to_dict(), "classes": list(classes)})
+    return parameters
+
+
+def expected_of(parameters, paths, spans=((1, 2, KEPT_COUNT),), data=None, **model):
+    """What the NumPy reference makes of image files that have the model's size already."""
+    data = data or config.DataConfig()
+    pixels = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths]) / 255
+    images = ((pixels - np.array(data.mean)) / np.array(data.std)).transpose(0, 3, 1, 2)
+    sizes = {**RECIPE["model"], **model}
+    return reference.forward(
+        parameters, images, patch_size=sizes["patch_size"], num_heads=sizes["num_heads"], spans=spans
+    )
 
 
 def write_images(root, count, classes=("crow", "heron"), side=16, seed=0):

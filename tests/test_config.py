@@ -65,6 +65,7 @@ def test_there_are_recipes():
         "imagenet/vit_small_90ep.yaml",
         "imagenet/skipvit_small_90ep.yaml",
         "imagenet/skipvit_small_paper.yaml",
+        "imagenet/skipvit_small_finetune.yaml",
     }
 
 

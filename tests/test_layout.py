@@ -26,6 +26,7 @@ LIBRARY = [
     "audit",
     "draw",
     "rank_table",
+    "inference",
     "launch",
 ]
 COMMANDS = ["evaluate", "train", "benchmark", "visualize", "predict", "convert", "export"]

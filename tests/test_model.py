@@ -233,6 +233,45 @@ def test_features_and_kept_tokens_can_be_asked_for_outside_a_graph():
     assert_close(net.forward_features(images).asnumpy(), expected("chosen_twice").features, 1e-5)
 
 
+def test_features_and_kept_tokens_follow_the_weights():
+    """They have graphs of their own, which must not hold on to what the weights were."""
+    net = create(CASES["rejoin"][0])
+    images = Tensor(IMAGES)
+    net.forward_features(images)
+    net.kept_tokens(images)
+    load(net, PARAMETERS)
+    assert_close(net.forward_features(images).asnumpy(), expected("rejoin").features, 1e-5)
+    np.testing.assert_array_equal(net.kept_tokens(images).asnumpy(), expected("rejoin").spans[0].kept)
+
+
+def test_a_span_that_keeps_every_token_has_its_number_too():
+    spans = [{"start": 1, "end": 2, "keep_ratio": 1.0}, {"start": 3, "end": 4, "keep_ratio": 0.3}]
+    net, images = load(create(spans), PARAMETERS), Tensor(IMAGES)
+    np.testing.assert_array_equal(net.kept_tokens(images).asnumpy(), [range(PATCH_COUNT)] * BATCH)
+    second = reference.forward(PARAMETERS, IMAGES, spans=[Span(3, 4, 8)], **MODEL).spans[0]
+    np.testing.assert_array_equal(net.kept_tokens(images, span=1).asnumpy(), second.kept)
+    with pytest.raises(ValueError, match="2 spans"):
+        net.kept_tokens(images, span=2)
+
+
+@for_cases("rejoin", "chosen_twice")
+def test_scores_are_the_reference_s(case):
+    class Run(nn.Cell):
+        def __init__(self, net):
+            super().__init__(auto_prefix=False)
+            self.net = net
+
+        def construct(self, images):
+            return self.net.run(images)
+
+    outputs = [value.asnumpy() for value in Run(compiled(case).net)(Tensor(IMAGES))]
+    spans = expected(case).spans
+    scores = outputs[2 + len(spans) :]
+    assert len(scores) == 2 * len(spans)
+    for span, score, places in zip(spans, scores[::2], scores[1::2]):
+        assert_close(score, np.take_along_axis(span.score, places, 1), 1e-5)
+
+
 @pytest.mark.parametrize("case", ["drop", "rejoin_then_drop", "fused_twice_then_dropped"])
 def test_features_are_refused_where_tokens_were_dropped(case):
     with pytest.raises(ValueError, match="drop"):

@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -361,6 +362,7 @@ def test_a_runs_folder_tells_how_it_was_made(whole):
     assert names == {
         *("config.yaml", "run.json", "metrics.jsonl", "train.log"),
         *("last.ckpt", "previous.ckpt", "best.ckpt"),
+        *("curves.png", "tokens.png"),
     }
     about = json.loads((folder / "run.json").read_text())
     assert about["mindspore"] == ms.__version__
@@ -375,6 +377,23 @@ def test_a_runs_folder_tells_how_it_was_made(whole):
     logged = (folder / "train.log").read_text()
     for line in ended.stdout.splitlines()[:-1]:
         assert line in logged
+
+
+def test_a_run_leaves_its_pictures(whole):
+    for name, least in (("curves.png", (1000, 600)), ("tokens.png", (1000, 600))):
+        with Image.open(whole[0] / name) as picture:
+            picture.load()
+            assert picture.size >= least, name
+
+
+def test_a_run_whose_pictures_cannot_be_drawn_ends_well(lab, whole, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.chdir(lab.root)
+    assert run_command(train.main, ["recipe.yaml", "train.output=plain", "train.max_steps=1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2].startswith("warning: no pictures: pictures need matplotlib")
+    assert json.loads(lines[-1])["steps"] == 1
+    assert not list((lab.root / "plain").glob("*.png"))
 
 
 def test_the_resolved_configuration_is_kept_and_can_be_loaded_again(lab, whole):
@@ -426,6 +445,49 @@ def test_every_line_of_the_metrics_is_json(lab, whole):
         for step in range(STEPS)
     ]
     assert [line["learning_rate"] for line in training] == pytest.approx(rates)
+
+
+# ------------------------------------------------------------------------------------- from other weights
+
+
+def test_a_run_may_begin_with_other_weights_for_other_classes_and_images(lab, whole, monkeypatch, capsys):
+    """At a learning rate of 0, what it ends with is what it began with."""
+    monkeypatch.chdir(lab.root)
+    for part, count in (("train", 8), ("val", 4)):
+        runs.write_images(lab.root / "birds" / part, count, classes=("owl", "rook", "tit"))
+    rates = [f"optim.{name}=0" for name in ("learning_rate", "warmup_learning_rate", "min_learning_rate")]
+    folders = ["data.train=birds/train", "data.val=birds/val", "data.mean=[0.5,0.5,0.5]", "model.image_size=20"]
+    options = [*rates, *folders, "train.init_from=whole/best.ckpt", "train.output=tuned", "train.max_steps=1"]
+    assert run_command(train.main, ["recipe.yaml", *options]) == 0
+    said = capsys.readouterr().out
+    assert "initial weights from whole/best.ckpt\n" in said
+    assert "the position embedding is resampled from 4 x 4 to 5 x 5\n" in said
+    assert "the head is new, for 3 classes; whole/best.ckpt has 2\n" in said
+    assert "warning: data.mean is [0.5, 0.5, 0.5] here, and those weights know [0.485, 0.456, 0.406]" in said
+    before, after = checkpoint.load(whole[0] / "best.ckpt").arrays, checkpoint.load(lab.root / "tuned/last.ckpt").arrays
+    assert after["head.weight"].shape == (3, 16)
+    assert after["pos_embed"].shape == (1, 26, 16)
+    same = [name for name in after if name.startswith(("blocks", "patch_embed", "norm", "cls_token"))]
+    assert len(same) == 2 * 12 + 2 + 2 + 1
+    for name in same:
+        np.testing.assert_array_equal(after[name], before[name], err_msg=name)
+    assert after["optimizer.updates"] == 1
+
+    # On a resume the file is not needed any more, but the run's identity stays.
+    options[options.index("train.max_steps=1")] = "train.max_steps=2"
+    os.rename(lab.root / "whole/best.ckpt", lab.root / "whole/moved.ckpt")
+    try:
+        assert run_command(train.main, ["recipe.yaml", *options, "train.resume=auto"]) == 0
+    finally:
+        os.rename(lab.root / "whole/moved.ckpt", lab.root / "whole/best.ckpt")
+    assert "initial weights" not in capsys.readouterr().out
+
+
+def test_weights_of_a_larger_model_are_refused(lab, whole, monkeypatch, capsys):
+    monkeypatch.chdir(lab.root)
+    arguments = ["recipe.yaml", "model.embed_dim=32", "train.init_from=whole/last.ckpt", "train.output=larger"]
+    code = run_command(train.main, arguments)
+    runs.assert_bad_input(code, capsys.readouterr().err, "whole/last.ckpt", "of another model")
 
 
 # ------------------------------------------------------------------------------------- the same to the bit
@@ -872,6 +934,7 @@ BAD_INPUT = [
     (["recipe.yaml", "data.val=other"], ["data.val", "owl", "heron"]),
     (["recipe.yaml", "data.masks=missing"], ["data.masks", "missing"]),
     (["recipe.yaml", "data.batch_size=9"], ["data.batch_size", "9", "8"]),
+    (["recipe.yaml", "train.init_from=missing.ckpt"], ["missing.ckpt", "no such checkpoint"]),
     (["recipe.yaml", "train.output=file"], ["train.output", "file"]),
     (["recipe.yaml", "train.output=file/run"], ["train.output", "file/run"]),
     (["recipe.yaml", "train.output=/proc/skipvit"], ["train.output", "/proc/skipvit"]),

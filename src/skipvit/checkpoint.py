@@ -206,6 +206,36 @@ def _resample(positions: np.ndarray, num_patches: int, name: str) -> np.ndarray:
     return np.concatenate([positions[:, :1], patches], axis=1)
 
 
+def transfer(net: VisionTransformer, arrays: Mapping[str, np.ndarray], path: Path) -> list[str]:
+    """Give a model the weights of another that may have another number of classes or image size.
+
+    Args:
+        net: its head stays as it is where the number of classes differs.
+        arrays: the other's weights by name; without a head, this model's stays too.
+        path: where they are from.
+
+    Returns:
+        What is not as it was, a line each.
+
+    Raises:
+        UserError: they are of a model that differs in more than that.
+    """
+    own = {parameter.name: parameter for parameter in net.get_parameters()}
+    changes = []
+    arrays = dict(arrays)
+    if "pos_embed" in arrays and arrays["pos_embed"].shape[1] != 1 + net.num_patches:
+        old, new = math.isqrt(arrays["pos_embed"].shape[1] - 1), math.isqrt(net.num_patches)
+        arrays = fit_positions(arrays, net.num_patches)
+        changes.append(f"the position embedding is resampled from {old} x {old} to {new} x {new}")
+    classes, theirs = own["head.weight"].shape[0], arrays.get("head.weight")
+    if theirs is None or theirs.shape[0] != classes:
+        had = "has none" if theirs is None else f"has {theirs.shape[0]}"
+        changes.append(f"the head is new, for {classes} classes; {path} {had}")
+        arrays.update({name: own[name].asnumpy() for name in ("head.weight", "head.bias")})
+    restore(own.values(), arrays, path)
+    return changes
+
+
 def _digest_entry(before: Union[bytes, memoryview]) -> bytes:
     return DIGEST_HEADER + hashlib.sha256(before).digest()
 

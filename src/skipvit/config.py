@@ -362,6 +362,7 @@ class TrainConfig:
     precision: str = "auto"  # fp32, fp16 with dynamic loss scaling; auto: fp16 on Ascend, fp32 on CPU
     output: str = "runs/default"  # the run's folder
     resume: str = "no"  # auto: go on from `last` where there is one; no: refuse a folder that has one
+    init_from: Optional[str] = None  # a checkpoint to take the initial weights from, converted ones too: fine-tuning
     validate_every_epochs: int = 1  # and always at the end
     log_every_steps: int = 50
     sink_steps: Optional[int] = None  # steps between two looks at the device; None: 100 on Ascend, 1 on CPU

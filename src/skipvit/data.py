@@ -124,6 +124,21 @@ class ImageFolder:
         return f"{len(self)} images, sha256 {digest.hexdigest()}"
 
 
+def images_in(folder: Union[str, Path]) -> list[Path]:
+    """The images of a folder and its folders, sorted; what counts as one, and links, as in `ImageFolder`.
+
+    Raises:
+        UserError: it cannot be listed, or holds none.
+    """
+    try:
+        images = sorted(Path(folder, name) for name in _images_below(Path(folder), "."))
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be listed ({error.strerror})") from None
+    if not images:
+        raise UserError(f"{folder}: holds no images; they end in {' '.join(IMAGE_SUFFIXES)}")
+    return images
+
+
 def _visible(folder: Union[str, Path]) -> Iterator["os.DirEntry[str]"]:
     with os.scandir(folder) as entries:
         yield from (entry for entry in entries if not entry.name.startswith("."))
@@ -307,9 +322,9 @@ def _why_unreadable(*paths: Path) -> str:
 def resize_and_crop(image: Image.Image, size: int, crop_ratio: float, resample: Inter) -> Image.Image:
     """Evaluation's geometry: the shorter side to ``size / crop_ratio``, then the central ``size``×``size``.
 
-    Rounding is that of torchvision's Resize and CenterCrop, so published weights meet the pixels they expect.
+    Rounding is that of timm and of torchvision's Resize and CenterCrop: published weights meet the pixels they expect.
     """
-    shorter = max(size, round(size / crop_ratio))
+    shorter = max(size, math.floor(size / crop_ratio))
     width, height = image.size
     if width <= height:
         wanted = (shorter, max(shorter, int(shorter * height / width)))

@@ -12,30 +12,12 @@ from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
-from mindspore import nn
 
 from skipvit import checkpoint, runtime
 from skipvit.config import Config, UserError, given_spans, keeping
 from skipvit.data import EvalBatches, ImageFolder, check_masks, mask_path, object_patches, to_dataset
+from skipvit.inference import Classify
 from skipvit.log import Parser, RunFailed, run_command
-from skipvit.model import VisionTransformer
-from skipvit.step import Normalize
-
-
-class Classify(nn.Cell):
-    """Bytes to logits, and the patches that each span kept."""
-
-    def __init__(self, net: VisionTransformer, config: Config):
-        super().__init__(auto_prefix=False)
-        self.net, self.normalize = net, Normalize(config.data.mean, config.data.std)
-
-    def construct(self, images, scores=None):
-        """``(B, 3, S, S)`` uint8 to logits ``(B, C)`` and, for each span, patch indices ``(B, K)``.
-
-        ``scores`` ``(G, B, N)`` are those of the spans that are given theirs.
-        """
-        results = self.net.run(self.normalize(images), scores=scores)
-        return (self.net.classify(results[0]),) + results[2:]  # noqa: RUF005 - MindSpore 2.0.0 parses no starred tuple
 
 
 @dataclass(frozen=True)

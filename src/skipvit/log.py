@@ -17,11 +17,17 @@ from tqdm import tqdm
 
 from skipvit.config import UserError
 
+METRICS = "metrics.jsonl"
+
 _log_file: Optional[Path] = None
 
 
 class Parser(argparse.ArgumentParser):
     """A command's arguments; wrong ones are a user's mistake like others, told in one line."""
+
+    def __init__(self, **options: Any) -> None:
+        """With the description printed as it is written: a command's docstring, its example included."""
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message: str) -> NoReturn:
         """Instead of the usage."""
@@ -74,7 +80,7 @@ class RunLog:
         self.folder = folder
         if folder is not None:
             _log_file = folder / "train.log"
-            _drop_metrics_after(folder / "metrics.jsonl", step)
+            _drop_metrics_after(folder, step)
 
     def say(self, message: str) -> None:
         """One line for people."""
@@ -86,7 +92,7 @@ class RunLog:
     def metrics(self, record: dict[str, Any]) -> None:
         """One line for programs."""
         if self.folder is not None:
-            _append(self.folder / "metrics.jsonl", json.dumps(record) + "\n")
+            _append(self.folder / METRICS, json.dumps(record) + "\n")
 
 
 class Progress:
@@ -122,6 +128,19 @@ class Progress:
         self.bar.close()
 
 
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run's ``metrics.jsonl``; the half line of a run that was killed or still writes is left out."""
+    records = []
+    for line in (folder / METRICS).read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+    return records
+
+
 def git_commit() -> Optional[str]:
     """The commit of the source this runs from, with ``-dirty`` behind it where it was changed; None outside git."""
     try:
@@ -147,16 +166,11 @@ def _append(path: Path, text: str) -> None:
         file.write(text)
 
 
-def _drop_metrics_after(path: Path, step: int) -> None:
+def _drop_metrics_after(folder: Path, step: int) -> None:
+    path = folder / METRICS
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue  # the half line of a killed run
+    kept = [record for record in read_metrics(folder) if record["step"] <= step]
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
     os.replace(temporary, path)

@@ -257,6 +257,7 @@ class VisionTransformer(nn.Cell):
         N, D = config.num_patches, config.embed_dim
         # Plain numbers and words, because graph mode reads no dataclasses.
         shapes = span_shapes(spans, N)
+        self.span_places = _places_among(spans, [shape.span for shape in shapes])
         spans = tuple(shape.span for shape in shapes)
         self.span_bounds = tuple((span.start, span.end) for span in spans)
         self.span_leads = tuple(shape.lead for shape in shapes)
@@ -284,6 +285,9 @@ class VisionTransformer(nn.Cell):
         self.norm = LayerNorm(D)
         self.head = Linear(D, config.num_classes, dtype)
         initialize(self, seed)
+        # Past Cell's bookkeeping: they hold this model, not the other way round.
+        object.__setattr__(self, "features_graph", Features(self))
+        object.__setattr__(self, "kept_tokens_graph", KeptTokens(self))
 
     def construct(self, images, drop_path=None, dropout_seeds=None, scores=None):
         """Logits.
@@ -316,7 +320,8 @@ class VisionTransformer(nn.Cell):
         Returns:
             A tuple of the tokens ``(B, T, D)``, CLS first, then those fused, then patches in no particular order
             (``(B, 1, D)`` if ``cls_only``); the place ``(B, L)`` that each of the patches in this order has in the
-            image; and for each span the places ``(B, K)`` kept.
+            image; for each span that skips the places ``(B, K)`` kept; and for each of them the scores ``(B, L)`` it
+            chose by and these patches' places ``(B, L)``.
         """
         if scores is None and self.needs_scores:
             raise ValueError("skip.score=mask: the masks' scores (G, B, N) must come with the images, as scores=")
@@ -324,7 +329,7 @@ class VisionTransformer(nn.Cell):
             scores = self.fixed_scores + ops.zeros((1, images.shape[0], 1), mstype.float32)
         x = self.embed(images, dropout_seeds)  # (B, 1+N, D)
         places = ops.zeros((images.shape[0], 1), mstype.int32) + Tensor(np.arange(self.num_patches, dtype=np.int32))
-        kept_places = ()
+        kept_places, chosen_by = (), ()
         parts = ()
         block = 0
         for index, (start, end) in enumerate(self.span_bounds):
@@ -332,6 +337,7 @@ class VisionTransformer(nn.Cell):
             for i in range(block, start):
                 x, parts = self.run_block(i, x, drop_path, dropout_seeds, cls_only)
             score = self.score(index, parts, scores, places)
+            chosen_by += (score, places)  # type: ignore[assignment]
             order = token_path.rank(score, self.sort_dtype)
             positions = token_path.inverse(order, self.place_dtype)
             places = token_path.gather(ops.expand_dims(places, -1), order)[:, :, 0]
@@ -350,7 +356,7 @@ class VisionTransformer(nn.Cell):
         # Late blocks.
         for i in range(block, self.depth):
             x, _ = self.run_block(i, x, drop_path, dropout_seeds, cls_only)
-        return (x, places) + kept_places  # noqa: RUF005 - MindSpore 2.0.0 parses no starred tuple
+        return (x, places) + kept_places + chosen_by  # noqa: RUF005 - MindSpore 2.0.0 parses no starred tuple
 
     def score(self, index, parts, scores, places):
         """Score of each patch for span number ``index``: ``(B, L)`` float32, in the order of ``places (B, L)``."""
@@ -380,29 +386,72 @@ class VisionTransformer(nn.Cell):
         return self.blocks[i](x, branch_factors, seeds, cls_only and i == self.depth - 1)
 
     def forward_features(self, images, scores=None):
-        """All tokens after the final norm, in image order: ``(B, 3, S, S)`` to ``(B, 1+N, D)``; scores as `construct`.
+        """All tokens after the final norm, in image order: ``(B, 3, S, S)`` to ``(B, 1+N, D)``, CLS first.
+
+        A head for a dense task (segmentation, detection) works on ``[:, 1:]``, the patches row by row. ``scores`` as in
+        `construct`.
 
         Raises:
             ValueError: the tokens of a span are dropped or fused, so no full grid exists.
         """
         if any(skipped != "rejoin" for skipped in self.span_skipped):
             raise ValueError("forward_features: skip.skipped drops tokens, so no full grid exists; use skipped=rejoin")
-        results = self.run(images, scores=scores)
-        tokens, places = self.norm(results[0]), results[1]
-        if not self.span_bounds:
-            return tokens
-        return token_path.image_order(tokens, token_path.inverse(places, self.place_dtype))
+        return self.features_graph(images, scores)
 
     def kept_tokens(self, images, span=0, scores=None):
         """Which patches pass span number ``span``: ``(B, K)`` int32 indices in image order (ascending).
 
         Raises:
-            ValueError: the model has no such span (or it keeps every token).
+            ValueError: the model has no such span.
         """
-        if span < 0 or span >= len(self.span_bounds):
-            raise ValueError(f"kept_tokens: the model skips in {len(self.span_bounds)} spans, there is no span {span}")
-        kept_places = self.run(images, scores=scores)[2 + span]
-        return token_path.ascending(kept_places, self.place_dtype)
+        if span < 0 or span >= len(self.span_places):
+            raise ValueError(f"kept_tokens: the model skips in {len(self.span_places)} spans, there is no span {span}")
+        return self.kept_tokens_graph(images, self.span_places[span], scores)
+
+
+class Features(nn.Cell):
+    """`VisionTransformer.forward_features` as one graph; outside a Cell each block would be compiled by itself."""
+
+    def __init__(self, net):
+        super().__init__(auto_prefix=False)
+        self.net = net
+
+    def construct(self, images, scores=None):
+        """``(B, 3, S, S)`` to ``(B, 1+N, D)``."""
+        results = self.net.run(images, scores=scores)
+        tokens, places = self.net.norm(results[0]), results[1]
+        if not self.net.span_bounds:
+            return tokens
+        return token_path.image_order(tokens, token_path.inverse(places, self.net.place_dtype))
+
+
+class KeptTokens(nn.Cell):
+    """`VisionTransformer.kept_tokens` as one graph."""
+
+    def __init__(self, net):
+        super().__init__(auto_prefix=False)
+        self.net = net
+
+    def construct(self, images, place, scores=None):
+        """``(B, 3, S, S)`` to ``(B, K)`` int32; ``place`` is the span's among those that skip, -1: it keeps all."""
+        if place < 0:
+            all_places = Tensor(np.arange(self.net.num_patches, dtype=np.int32))
+            return ops.zeros((images.shape[0], 1), mstype.int32) + all_places
+        return token_path.ascending(self.net.run(images, scores=scores)[2 + place], self.net.place_dtype)
+
+
+def _places_among(spans, skipping):
+    """For each span its place among those that skip.
+
+    One that keeps all patches there are has that of the span before it which dropped the others, or -1 for all N.
+    """
+    places, dropped = [], -1
+    for span in spans:
+        place = skipping.index(span) if span in skipping else dropped
+        places.append(place)
+        if span in skipping and span.skipped != "rejoin":
+            dropped = place
+    return tuple(places)
 
 
 def initialize(net, seed):

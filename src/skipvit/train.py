@@ -18,7 +18,7 @@ from typing import Any, Callable, Optional
 import numpy as np
 from mindspore import Tensor, ops
 
-from skipvit import checkpoint, runtime
+from skipvit import checkpoint, draw, runtime
 from skipvit.config import Config, UserError, from_dict, load, span_shapes
 from skipvit.data import (
     Folders,
@@ -30,11 +30,14 @@ from skipvit.data import (
     steps_per_epoch,
     to_dataset,
 )
-from skipvit.evaluate import Classify, Result, evaluate, summary
-from skipvit.log import Parser, Progress, RunFailed, RunLog, git_commit, run_command
+from skipvit.evaluate import Result, evaluate, summary
+from skipvit.inference import Classify, views
+from skipvit.log import Parser, Progress, RunFailed, RunLog, git_commit, read_metrics, run_command
 from skipvit.model import VisionTransformer
 from skipvit.optim import learning_rate
 from skipvit.step import TrainStep
+
+PICTURED = 8  # validation images in a run's picture of tokens
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -111,9 +114,11 @@ class Trainer:
         self.total_steps = config.train.epochs * self.steps_per_epoch
         self.best_top1 = -1.0
         self.step_count = 0
+        self.source: Optional[checkpoint.Checkpoint] = None  # of the initial weights, for a run that begins
         resumed, warnings = self.open_folder()
         self.check_same_start(resumed)
 
+        self.changes: list[str] = []
         self.phase = self.phase_at(resumed.meta["step"] if resumed is not None else 0)
         self.step = self.phase_step(resumed.arrays if resumed is not None else None, self.folder)
         if resumed is not None:
@@ -133,6 +138,8 @@ class Trainer:
             f"MindSpore {runtime.versions()['mindspore']} on {runtime.versions()['device']}, {config.train.precision}"
         )
         self.log.say(self.describe_schedule())
+        for change in self.changes:
+            self.log.say(change)
         if resumed is not None:
             before, now = resumed.meta.get("ranks", process.ranks), process.ranks
             other_ranks = f", with {now} rank{'s' * (now > 1)}; the run had {before}" if now != before else ""
@@ -150,6 +157,8 @@ class Trainer:
         config = self.config.of_phase(self.phase)
         dtype = runtime.compute_dtype(config.train.precision)
         net = VisionTransformer(config.model, config.skip, dtype, config.train.seed)
+        if arrays is None and self.source is not None:
+            self.changes = self.take_weights(net, self.source)  # before the step clones them for their average
         step = TrainStep(net, config, self.process.ranks)
         if arrays is not None:
             checkpoint.restore(step.get_parameters(), checkpoint.fit_positions(arrays, net.num_patches), source)
@@ -172,6 +181,21 @@ class Trainer:
             f"{config.model.image_size} pixels a side, {self.describe_tokens(config)}"
         )
 
+    def take_weights(self, net: VisionTransformer, source: checkpoint.Checkpoint) -> list[str]:
+        """Begin with the weights of ``train.init_from``; what is to be said of it.
+
+        Raises:
+            UserError: they are of a model that differs in more than classes and image size.
+        """
+        names = [name for name in (parameter.name for parameter in net.get_parameters()) if name in source.arrays]
+        said = [f"initial weights from {source.path}"]
+        said += checkpoint.transfer(net, source.weights(names), source.path)
+        for name in ("mean", "std"):
+            ours, theirs = list(getattr(self.config.data, name)), list(getattr(source.config.data, name))
+            if ours != theirs:
+                said.append(f"warning: data.{name} is {ours} here, and those weights know {theirs}")
+        return said
+
     def describe_schedule(self) -> str:
         """What depends on the batch over all ranks, and what an epoch shows, in words."""
         optim, repeats = self.config.optim, self.config.augment.repeats
@@ -192,11 +216,13 @@ class Trainer:
         Raises:
             UserError: it holds a run and ``train.resume=no``, or one of another identity, or cannot be written.
         """
+        resumed, warnings = checkpoint.find(self.folder)
+        if resumed is None and self.config.train.init_from is not None:
+            self.source = checkpoint.load(Path(self.config.train.init_from))
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"train.output: {self.folder} cannot be made ({error.strerror}); choose another") from None
-        resumed, warnings = checkpoint.find(self.folder)
         if resumed is None:
             if self.process.rank == 0:
                 self.write_description()
@@ -322,8 +348,25 @@ class Trainer:
             )
             closing.update(object_kept=result.object_kept, random_kept=result.random_kept)
         if self.process.rank == 0:
+            self.draw_pictures()
             print(json.dumps(closing), flush=True)
         return 0
+
+    def draw_pictures(self) -> None:
+        """How the run went and, where tokens skip, which ones in some validation images; a run never fails by it."""
+        images, config = self.folders.val, self.final
+        chosen = np.linspace(0, len(images) - 1, min(PICTURED, len(images))).round().astype(int)
+        try:
+            draw.write(draw.curves({str(self.folder): read_metrics(self.folder)}), self.folder / "curves.png")
+            if self.classify.net.span_bounds:
+                paths = [images.path(index) for index in chosen]
+                # Of validation's batch size: its graph is there already.
+                batch_size = min(config.data.batch_size, len(images))
+                shown = views(self.classify, config, images.classes, paths, batch_size)
+                rows = [draw.Row(str(path), of_image[:1]) for path, of_image in zip(paths, shown)]
+                draw.write(draw.tokens(rows), self.folder / "tokens.png")
+        except (UserError, OSError) as error:
+            self.log.say(f"warning: no pictures: {error}")
 
     def train_until(self, last_step: int, clock: "Clock") -> Optional[Result]:
         """The steps up to ``last_step``, phase by phase; the last validation's result."""

@@ -1,0 +1,162 @@
+"""A model at work on images: what evaluation, prediction, pictures and export have in common."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from mindspore import Tensor, nn
+
+from skipvit import draw
+from skipvit.config import Config, UserError
+from skipvit.data import UnreadableImage, evaluation_image, images_in, open_image
+from skipvit.log import RunFailed
+from skipvit.model import VisionTransformer
+from skipvit.step import Normalize
+
+SHOWN_SIDE = 224  # pixels that an image has in a picture at least, however few the model sees
+
+
+class Classify(nn.Cell):
+    """Bytes to logits, and what each span that skips chose."""
+
+    def __init__(self, net: VisionTransformer, config: Config):
+        super().__init__(auto_prefix=False)
+        self.net, self.normalize = net, Normalize(config.data.mean, config.data.std)
+
+    def construct(self, images, scores=None):
+        """``(B, 3, S, S)`` uint8 to logits ``(B, C)``; for each span patch indices ``(B, K)``; and for each span again
+        scores ``(B, L)`` and the patches that they are of ``(B, L)``.
+
+        ``scores`` ``(G, B, N)`` are those of the spans that are given theirs.
+        """
+        results = self.net.run(self.normalize(images), scores=scores)
+        return (self.net.classify(results[0]),) + results[2:]  # noqa: RUF005 - MindSpore 2.0.0 parses no starred tuple
+
+
+class Seen(NamedTuple):
+    """What the model made of an image.
+
+    Attributes:
+        probabilities: float64 ``(C,)``.
+        kept: for each span that skips, bool ``(N,)``.
+        scores: for each span that skips, float32 ``(N,)``; NaN for a patch that an earlier span had dropped.
+    """
+
+    probabilities: np.ndarray
+    kept: list[np.ndarray]
+    scores: list[np.ndarray]
+
+
+def list_images(paths: Sequence[Path]) -> list[Path]:
+    """Images as they are, folders as the images below them.
+
+    Raises:
+        UserError: one does not exist, or is a folder without images.
+    """
+    images: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            images += images_in(path)
+        elif path.exists():
+            images.append(path)
+        else:
+            raise UserError(f"{path}: no such file; give an image or a folder of images")
+    return images
+
+
+def look(classify: Classify, config: Config, paths: Sequence[Path], batch_size: int) -> Iterator[Seen]:
+    """Run the model over images, in order.
+
+    Args:
+        classify: the model.
+        config: its configuration: the images' geometry.
+        paths: of the images.
+        batch_size: images at once; the last batch is padded, so that there is one graph.
+
+    Raises:
+        UserError: an image cannot be read, or the model needs masks.
+        RunFailed: the model gives no numbers.
+    """
+    if classify.net.needs_scores:
+        raise UserError("the model chooses patches by masks, which come with a data set alone; use skipvit.evaluate")
+    size, N = config.model.image_size, config.model.num_patches
+
+    def read(path: Path) -> np.ndarray:
+        return evaluation_image(_open(path), config)
+
+    with ThreadPoolExecutor(config.data.num_workers) as threads:
+        for first in range(0, len(paths), batch_size):
+            chosen = paths[first : first + batch_size]
+            images = np.zeros((batch_size, 3, size, size), np.uint8)
+            images[: len(chosen)] = list(threads.map(read, chosen))
+            logits, *choices = (output.asnumpy() for output in classify(Tensor(images)))
+            spans = len(choices) // 3
+            for index in range(len(chosen)):
+                if not np.isfinite(logits[index]).all():
+                    raise RunFailed(f"{chosen[index]}: the model's logits are not finite, its weights are spoilt")
+                kept = [_spread(places[index], True, np.zeros(N, bool)) for places in choices[:spans]]
+                scores = [
+                    _spread(places[index], score[index], np.full(N, np.nan, np.float32))
+                    for score, places in zip(choices[spans::2], choices[spans + 1 :: 2])
+                ]
+                yield Seen(softmax(logits[index]), kept, scores)
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """``(C,)`` to probabilities, in float64."""
+    exponentials = np.exp(logits.astype(np.float64) - logits.max())
+    return exponentials / exponentials.sum()
+
+
+def class_name(classes: Sequence[str], index: int) -> str:
+    """The class of a logit; its number where the model has more of them than training had folders."""
+    return classes[index] if index < len(classes) else str(index)
+
+
+def views(
+    classify: Classify, config: Config, classes: Sequence[str], paths: Sequence[Path], batch_size: int
+) -> list[list[draw.View]]:
+    """For each image, how each span that skips chose: what `draw.tokens` draws.
+
+    Args:
+        classify: the model.
+        config: the model's configuration.
+        classes: their names.
+        paths: of the images.
+        batch_size: images at once.
+    """
+    grid = config.model.image_size // config.model.patch_size
+    shown = []
+    for path, seen in zip(paths, look(classify, config, paths, batch_size)):
+        best = int(seen.probabilities.argmax())
+        name, probability = class_name(classes, best), round(float(seen.probabilities[best]), 6)
+        image = displayed(path, config)
+        shown.append(
+            [
+                draw.View("", name, probability, image, kept.reshape(grid, grid), score.reshape(grid, grid))
+                for kept, score in zip(seen.kept, seen.scores)
+            ]
+        )
+    return shown
+
+
+def displayed(path: Path, config: Config) -> np.ndarray:
+    """What the model sees of an image, sharp enough to look at: uint8 ``(S', S', 3)``."""
+    times = -(-SHOWN_SIDE // config.model.image_size)
+    larger = config.replace(model=replace(config.model, image_size=times * config.model.image_size))
+    return evaluation_image(_open(path), larger).transpose(1, 2, 0)
+
+
+def _open(path: Path):
+    try:
+        return open_image(path)
+    except UnreadableImage as error:
+        raise UserError(str(error)) from None
+
+
+def _spread(places: np.ndarray, values, background: np.ndarray) -> np.ndarray:
+    background[places] = values
+    return background
