@@ -35,7 +35,7 @@ from mindspore import Tensor, nn
 from mindspore import dtype as mstype
 from tqdm import tqdm
 
-from skipvit import audit, cost, data, runtime
+from skipvit import audit, cost, data, draw, runtime
 from skipvit.config import Config, SkipConfig, UserError, from_dict, given_spans, load
 from skipvit.log import Parser, RunFailed, git_commit, run_command
 from skipvit.model import VisionTransformer
@@ -344,6 +344,8 @@ def _print_comparison(result: dict[str, Any], names: Sequence[str]) -> None:
 def sweep(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
     """Each start x end x keep against the one dense model, in turn with it."""
     spans = _sweep_spans(config)
+    if arguments.picture:
+        draw.check_output(arguments.picture)
     rows: list[dict[str, Any]] = []
     dense = Contender("dense", config.replace(skip=()), "own")
     try:
@@ -361,7 +363,7 @@ def sweep(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
     finally:
         dense.close()
     if arguments.picture:
-        _draw_sweep(rows, arguments.picture)
+        draw.write(draw.speed_ups(rows), arguments.picture)
     return {
         "sweep": rows,
         "least_efficiency": min(row["efficiency"] for row in rows),
@@ -400,23 +402,6 @@ def _sweep_one(config: Config, span: SkipConfig, dense: Contender, arguments: ar
         "bound": round(bound, 4),
         "efficiency": round(speed_up["ratio"] / bound, 4),
     }
-
-
-def _draw_sweep(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """A point a setting: its speed-up over the bound, and the line that would be all of it."""
-    from matplotlib.figure import Figure  # slow to import, and needed for pictures alone
-
-    figure = Figure(figsize=(5, 4.2), layout="constrained")
-    axes = figure.add_subplot()
-    for keep in sorted({row["keep_ratio"] for row in rows}):
-        chosen = [row for row in rows if row["keep_ratio"] == keep]
-        axes.plot([row["bound"] for row in chosen], [row["speed_up"] for row in chosen], "o", label=f"keep {keep}")
-    ends = [1.0, max(row["bound"] for row in rows)]
-    axes.plot(ends, ends, "-", color="gray", linewidth=1, label="bound by arithmetic")
-    axes.set(xlabel="bound of the speed-up", ylabel="measured speed-up of a training step")
-    axes.legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
 
 
 # ------------------------------------------------------------------------------------------ the process that steps

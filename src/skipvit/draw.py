@@ -198,6 +198,28 @@ def _steps_per_epoch(records: Sequence[Mapping[str, Any]]) -> float:
     return next((record["step"] / record["epoch"] for record in records if "top1" in record and record["epoch"]), 0.0)
 
 
+def speed_ups(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Measured speed-up over the bound by arithmetic, a point a setting.
+
+    Args:
+        rows: each with ``keep_ratio``, ``bound`` and ``speed_up``.
+
+    Returns:
+        A matplotlib figure.
+    """
+    with _matplotlib().rc_context(STYLE):
+        figure, ((axis,),) = _figure(1, 1, (3.6, 3.0))
+        for keep in sorted({row["keep_ratio"] for row in rows}):
+            chosen = [row for row in rows if row["keep_ratio"] == keep]
+            bounds, measured = ([row[key] for row in chosen] for key in ("bound", "speed_up"))
+            axis.plot(bounds, measured, "o", markersize=4, label=f"{100 * keep:g}% of the patches kept")
+        ends = [1.0, max(row["bound"] for row in rows)]
+        axis.plot(ends, ends, color="0.6", linewidth=1, label="the bound")
+        axis.set(xlabel="bound of the speed-up by arithmetic", ylabel="measured speed-up of a training step")
+        axis.legend()
+    return figure
+
+
 def _shortened(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
