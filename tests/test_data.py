@@ -1111,7 +1111,7 @@ def test_evaluation_draws_scores_by_the_image_alone(noisy, red_masks):
     images = np.concatenate([images for images, *_ in batches])[:IMAGE_COUNT]
     means = data.patch_means(images[:, 0], 8)
     assert np.abs(together[1] - means).max() < 0.2  # the images' geometry, the masks' resampling
-    assert np.corrcoef(together[1].ravel(), means.ravel())[0, 1] > 0.9
+    assert np.corrcoef(together[1].ravel(), means.ravel())[0, 1] > 0.8
 
 
 def test_masks_are_asked_for_where_a_span_scores_by_them(coded, tmp_path):

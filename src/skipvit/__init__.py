@@ -8,8 +8,15 @@
 Importing it also registers the models with mindcv, so that ``mindcv.create_model`` knows their names.
 """
 
-from skipvit.config import Config, ModelConfig, SkipConfig, UserError
-from skipvit.model import VisionTransformer, create_model
+import signal
+
+# Threads that libraries start when they are imported (OpenBLAS's) do not take these signals: see train.StopSignal.
+_signals_before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+try:
+    from skipvit.config import Config, ModelConfig, SkipConfig, UserError
+    from skipvit.model import VisionTransformer, create_model
+finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _signals_before)
 
 __version__ = "0.1.0"
 __all__ = ["Config", "ModelConfig", "SkipConfig", "UserError", "VisionTransformer", "create_model"]

@@ -87,7 +87,6 @@ def _parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         prog="python -m skipvit.benchmark",
         description=summary,
         epilog="Examples:" + examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", metavar="CONFIG", nargs="?", help="a recipe; none: ViT-S/16, 224, 1000 classes")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="override any key, as in train")

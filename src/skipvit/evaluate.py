@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 import numpy as np
 
@@ -44,6 +44,7 @@ def evaluate(
     rank: int = 0,
     ranks: int = 1,
     skip_unreadable: bool = False,
+    after_each_batch: Callable[[], None] = lambda: None,
 ) -> Result:
     """Classify every image of ``folder``; all ranks together count each exactly once.
 
@@ -57,6 +58,7 @@ def evaluate(
         rank: this process.
         ranks: of so many.
         skip_unreadable: leave unreadable images out (they are named in the result) instead of raising.
+        after_each_batch: called by all ranks alike; it may raise to end this.
 
     Raises:
         UserError: a class that the model does not know, or an unreadable image.
@@ -102,6 +104,7 @@ def evaluate(
                 covered = object_patches(mask_path(masks, folder.names[sample]), config)
                 if covered.sum() > 0:
                     kept_shares.append(float(covered[places].sum() / covered.sum()))
+        after_each_batch()
     seconds = time.perf_counter() - started
     counts = runtime.sum_over_ranks(np.array([top1, top5, images, sum(kept_shares), len(kept_shares)]), ranks)
     top1, top5, images, kept_sum, with_object = counts

@@ -80,7 +80,7 @@ def look(classify: Classify, config: Config, paths: Sequence[Path], batch_size: 
         UserError: an image cannot be read, or the model needs masks.
         RunFailed: the model gives no numbers.
     """
-    if classify.net.needs_scores:
+    if any(span.score == "mask" for span in config.skip):
         raise UserError("the model chooses patches by masks, which come with a data set alone; use skipvit.evaluate")
     size, N = config.model.image_size, config.model.num_patches
 

@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Mapping, Sequence
@@ -74,32 +75,47 @@ def resolve(config: Config, folders: Folders, process: runtime.Process) -> Confi
     return config.replace(model=model, data=data, train=train)
 
 
+class Stopped(Exception):  # noqa: N818 - nothing went wrong
+    """A validation was broken off: all ranks have agreed to stop."""
+
+
 class StopSignal:
     """SIGTERM and Ctrl-C, taken note of: the run ends after the sink that is running, having written ``last``.
 
-    ``received`` is this process's own, ``agreed`` what all ranks end for (see `Trainer.ending`).
+    A thread waits for them; they are blocked in all others (``skipvit/__init__.py`` sees to those of libraries). A
+    handler would not do: Python's run only between two calls of a graph, and with its first graph MindSpore 2.10 puts
+    one of its own in the place of SIGINT's, which makes SIGTERM of a Ctrl-C.
+
+    Attributes:
+        received: this process's own signal.
+        agreed: the one that all ranks end for (see `Trainer.meet`).
+        can_be_awaited: whether there is something to write at the end of a sink. Before the first has returned there
+            is not, and a signal ends the process at once; so does a second one.
     """
 
-    NUMBERS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C first, for it may have come to another rank as SIGTERM
+    NUMBERS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C first, for a rank of another server may have got SIGTERM
 
     def __init__(self) -> None:
         self.received: Optional[int] = None
         self.agreed: Optional[int] = None
-        for number in self.NUMBERS:
-            # While a graph runs MindSpore 2.10 has a handler of its own for Ctrl-C, which makes SIGTERM of it.
-            signal.signal(number, self._note)
+        self.can_be_awaited = False
+        signal.pthread_sigmask(signal.SIG_BLOCK, self.NUMBERS)
         os.register_at_fork(after_in_child=_leave_signals_to_the_parent)
+        threading.Thread(target=self._wait, name="signals", daemon=True).start()
 
-    def _note(self, number: int, _: Any) -> None:
-        if self.received is not None:  # asked twice: at once
-            sys.exit(128 + number)
-        self.received = number
+    def _wait(self) -> None:
+        while True:
+            number = signal.sigwait(self.NUMBERS)
+            if self.received is not None or not self.can_be_awaited:
+                os._exit(128 + number)
+            self.received = number
 
 
 def _leave_signals_to_the_parent() -> None:
     """For the data set's worker processes: a signal to the group is the trainer's, and it ends them by SIGTERM."""
     os.setpgrp()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 class Trainer:
@@ -326,10 +342,10 @@ class Trainer:
             result = self.train_until(last_step, clock)
         else:
             self.log.say(f"nothing to do: the run already has {self.step_count} steps")
-        ending = self.ending()
-        if ending is not None:
-            self.log.say(f"stopped by signal {ending} after step {self.step_count}; resume with train.resume=auto")
-            return 128 + ending
+        if self.stop.agreed is not None:
+            name = signal.Signals(self.stop.agreed).name
+            self.log.say(f"stopped by {name} after step {self.step_count}; resume with train.resume=auto")
+            return 128 + self.stop.agreed
         if result is None:
             result = self.validate(record=False)
         closing = {
@@ -412,6 +428,7 @@ class Trainer:
                 self.log.say(f"first step, compilation included: {first:.1f} s")
             self.step_count += sink_steps
             stopping = self.note_sink(progress, clock)
+            self.stop.can_be_awaited = True
             found = runtime.union_over_ranks(source.unreadable(), len(self.folders.train), self.process.ranks)
             for path in unreadable.update(found):
                 self.log.say(f"warning: cannot be read, the next image took its place: {path}")
@@ -420,7 +437,11 @@ class Trainer:
                 clock.pause()
                 epochs = self.step_count // self.steps_per_epoch
                 if not stopping and (at_end or epochs % train.validate_every_epochs == 0):
-                    result = self.validate()
+                    try:
+                        # The last one is let finish: the run has nothing to go on with.
+                        result = self.validate(after_each_batch=(lambda: None) if at_end else self.stop_if_asked)
+                    except Stopped:
+                        stopping = True
                 self.save(result)
                 clock.start()
             if at_end or stopping or self.step_count == end * self.steps_per_epoch:
@@ -454,6 +475,19 @@ class Trainer:
         images = self.global_batch * optim.accumulate_steps
         return learning_rate(optim, step, self.steps_per_epoch, self.config.train.epochs, images)
 
+    def meet(self, value: float = 0.0) -> float:
+        """The sum of all ranks' values; and all agree here whether to stop, or one would end alone."""
+        flags = [self.stop.received == number for number in self.stop.NUMBERS]
+        total, *counts = runtime.sum_over_ranks(np.array([value, *flags]), self.process.ranks)
+        self.stop.agreed = next((number for number, count in zip(self.stop.NUMBERS, counts) if count), None)
+        return float(total)
+
+    def stop_if_asked(self) -> None:
+        """For a long validation, in which a signal need not wait for the next step: raises `Stopped`."""
+        self.meet()
+        if self.stop.agreed is not None:
+            raise Stopped
+
     def note_sink(self, progress: Progress, clock: "Clock") -> bool:
         """Look at the device once a sink, and at the other ranks; tell loss and speed.
 
@@ -464,11 +498,7 @@ class Trainer:
             RunFailed: the loss is not finite.
         """
         loss, overflows = self.step.read_sums()
-        if self.process.ranks > 1:
-            flags = [self.stop.received == number for number in self.stop.NUMBERS]
-            loss_sum, *counts = runtime.sum_over_ranks(np.array([loss, *flags]), self.process.ranks)
-            loss = loss_sum / self.process.ranks
-            self.stop.agreed = next((number for number, count in zip(self.stop.NUMBERS, counts) if count), None)
+        loss = self.meet(loss) / self.process.ranks
         rate = self.rate_at(self.step_count - 1)
         if not math.isfinite(loss):
             raise RunFailed(
@@ -489,13 +519,9 @@ class Trainer:
                 **({"overflows": overflows, "loss_scale": self.step.read_loss_scale()} if self.step.scales else {}),
             }
         )
-        return self.ending() is not None
+        return self.stop.agreed is not None
 
-    def ending(self) -> Optional[int]:
-        """The signal that the run ends for. With several ranks all must have agreed on it, or one would end alone."""
-        return self.stop.received if self.process.ranks == 1 else self.stop.agreed
-
-    def validate(self, record: bool = True) -> Result:
+    def validate(self, record: bool = True, after_each_batch: Callable[[], None] = lambda: None) -> Result:
         """Top-1 and Top-5 on the validation images, told and returned; ``record``: and noted in the metrics."""
         self.refresh_weights()
         result = evaluate(
@@ -507,6 +533,7 @@ class Trainer:
             masks=self.folders.masks,
             rank=self.process.rank,
             ranks=self.process.ranks,
+            after_each_batch=after_each_batch,
         )
         epochs = self.step_count / self.steps_per_epoch
         self.log.say(f"epoch {epochs:g}/{self.config.train.epochs}: Top-1 {result.top1:.2f}%, Top-5 {result.top5:.2f}%")
