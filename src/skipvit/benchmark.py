@@ -82,12 +82,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 
 
 def _parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
-    summary, _, examples = (__doc__ or "").partition("Examples:")
-    parser = Parser(
-        prog="python -m skipvit.benchmark",
-        description=summary,
-        epilog="Examples:" + examples,
-    )
+    parser = Parser(prog="python -m skipvit.benchmark", description=__doc__)
     parser.add_argument("config", metavar="CONFIG", nargs="?", help="a recipe; none: ViT-S/16, 224, 1000 classes")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="override any key, as in train")
     parser.add_argument("--steps", type=int, default=20, help="steps of each that are counted (default 20)")

@@ -389,7 +389,7 @@ class Trainer:
         unreadable = UnreadableCount(self.folders.train, self.config.data.max_unreadable_share)
         progress = Progress(self.log, last_step, self.step_count, self.config.train.log_every_steps)
         result = None
-        while self.step_count < last_step and self.ending() is None:
+        while self.step_count < last_step and self.stop.agreed is None:
             phase = self.phase_at(self.step_count)
             if phase != self.phase:
                 self.phase = phase
