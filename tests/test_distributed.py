@@ -79,7 +79,7 @@ overrides = order["overrides"][rank] if "overrides" in order else []
 sys.exit(run_command(train.main, sys.argv[3:] + overrides))
 """
 STAND_IN = """#!/bin/sh
-if [ "$1" = -c ]; then exec "{python}" "$@"; fi  # the scheduler
+[ "$1 $2" = "-m skipvit.train" ] || exec "{python}" "$@"  # the launcher, the scheduler
 exec "{python}" "{program}" "$@"
 """
 
@@ -110,7 +110,7 @@ class Job:
         self.record.mkdir(parents=True)
         variables = {"DEVICE_TARGET": "CPU", "PYTHON": sys.executable, "RECORD": str(self.record), "TAG": self.tag}
         if self.order:
-            variables |= {"SKIPVIT_PYTHON": str(self.folder / "stand in"), "ORDER": json.dumps(self.order)}
+            variables |= {"PYTHON": str(self.folder / "stand in"), "ORDER": json.dumps(self.order)}
         self.process = subprocess.Popen(
             ["bash", runs.ROOT / DOOR, f"{self.ranks} ranks.json", "the recipe.yaml", *self.overrides],
             cwd=self.folder,
