@@ -1,0 +1,720 @@
+"""Is accuracy lost, what matters, and what is a minute worth: the runs of the study, their records, tables, pictures.
+
+  python studies/accuracy.py prepare --cifar10 cifar10.tar.gz --work WORK   training and held-out images, once
+  python studies/accuracy.py plan [--question Q]                            every run, and which are done
+  python studies/accuracy.py run --work WORK [--question Q] [--limit N]     the next missing runs, one after another
+  python studies/accuracy.py time                                           step times of all runs' shapes, interleaved
+  python studies/accuracy.py choose SETTING                                 which SkipViT question 1 is about, once
+  python studies/accuracy.py verdict --cifar10 cifar10.tar.gz --work WORK   the test images, opened once
+  python studies/accuracy.py tables                                         tables and pictures in README and docs
+
+Question 2 tries settings at half the epochs, question 1 sets the chosen one against dense on paired seeds, question 3
+holds Top-1 against cost, and `clutter` shows what each score keeps of the object. A run that was stopped goes on where
+it stopped; what is done is in `results/study`, one JSON a run, and is not run again. WORK, outside the repository,
+holds images and the runs' folders, whose checkpoints the verdict needs.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+
+import numpy as np
+import yaml
+from scipy import stats
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "src"))
+
+from skipvit import cost
+from skipvit.config import Config, UserError, from_dict, span_shapes
+from skipvit.log import Parser, run_command
+
+# ------------------------------------------------------------------------------- what the study is, in one place
+
+HELD_OUT_A_CLASS = 500  # of 5,000 training images a class: to choose by
+TRAINING_A_CLASS = 1_000  # the next so many: to train on
+EPOCHS = 12  # of questions 1 and 3; question 2 has half of them
+SEEDS = (0, 1, 2)
+PAIRED_SEEDS = tuple(range(100, 110))  # of question 1: none that question 2 has chosen by
+COST_EPOCHS = (4, 6, 12)  # of question 3, each a schedule of its own
+
+RECIPE: dict[str, Any] = {
+    "model": {
+        "name": "skipvit_tiny_patch16_224",
+        "image_size": 32,
+        "patch_size": 4,
+        "embed_dim": 96,
+        "depth": 12,
+        "num_heads": 3,
+        "gelu": "sigmoid",
+    },
+    "data": {
+        "batch_size": 128,
+        "val_crop_ratio": 1.0,
+        "mean": [0.4914, 0.4822, 0.4465],
+        "std": [0.2470, 0.2435, 0.2616],
+    },
+    "augment": {"crop": "shift", "label_smoothing": 0.1},
+    "optim": {"learning_rate": 1.0e-3, "warmup_epochs": 1, "clip_norm": 1.0},
+    "train": {"validate_every_epochs": 2, "log_every_steps": 20},
+}
+
+
+def span(start: int, end: int, keep_ratio: float, score: str = "cls_attention", skipped: str = "rejoin") -> Any:
+    """One span of a setting."""
+    return {"start": start, "end": end, "keep_ratio": keep_ratio, "score": score, "skipped": skipped}
+
+
+def phases(*parts: tuple[float, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Phases of a setting: (share of the epochs, what is other)."""
+    return [{"share": share, **other} for share, other in parts]
+
+
+FULL = {"keep_ratio": 1.0}
+# What is other than in RECIPE. `paper` is what question 2 changes one thing at a time of, as is `corner`, the furthest
+# out. (`skipped: drop` from block 3 computes what `end12` does: only the CLS token is read after the last block.)
+SETTINGS: dict[str, dict[str, Any]] = {
+    "dense": {"skip": None},
+    "paper": {"skip": span(3, 11, 0.45)},
+    "corner": {"skip": span(1, 12, 0.25)},
+    "keep25": {"skip": span(3, 11, 0.25)},
+    "start1": {"skip": span(1, 11, 0.45)},
+    "random": {"skip": span(3, 11, 0.45, "random")},
+    "corner_random": {"skip": span(1, 12, 0.25, "random")},
+    "corner_full_end": {"skip": span(1, 12, 0.25), "phases": phases((5 / 6, {}), (1 / 6, FULL))},
+    "fuse": {"skip": span(3, 12, 0.45, skipped="fuse")},
+    "end12": {"skip": span(3, 12, 0.45)},
+    "corner_random_full_end": {"skip": span(1, 12, 0.25, "random"), "phases": phases((5 / 6, {}), (1 / 6, FULL))},
+    "full_start": {"skip": span(3, 11, 0.45), "phases": phases((1 / 6, FULL), (5 / 6, {}))},
+    "full_end": {"skip": span(3, 11, 0.45), "phases": phases((5 / 6, {}), (1 / 6, FULL))},
+    "small_images_first": {"skip": span(3, 11, 0.45), "phases": phases((0.5, {"image_size": 24}), (0.5, {}))},
+    "dense_small_images_first": {"skip": None, "phases": phases((0.5, {"image_size": 24}), (0.5, {}))},
+    "keep10": {"skip": span(3, 11, 0.10)},
+    "start2": {"skip": span(2, 11, 0.45)},
+    "corner_keep45": {"skip": span(1, 12, 0.45)},
+    "cls_attention_value": {"skip": span(3, 11, 0.45, "cls_attention_value")},
+    "key_norm": {"skip": span(3, 11, 0.45, "key_norm")},
+    "mean_attention": {"skip": span(3, 11, 0.45, "mean_attention")},
+    "corner_cls_attention_value": {"skip": span(1, 12, 0.25, "cls_attention_value")},
+    "corner_key_norm": {"skip": span(1, 12, 0.25, "key_norm")},
+    "corner_mean_attention": {"skip": span(1, 12, 0.25, "mean_attention")},
+    "corner_fuse": {"skip": span(1, 12, 0.25, skipped="fuse")},
+    "chosen_again": {"skip": [span(1, 6, 0.25), span(7, 12, 0.25)]},  # IdleViT's idea: those skipped once come back
+    "start5": {"skip": span(5, 11, 0.45)},
+    "end9": {"skip": span(3, 9, 0.45)},
+    "keep65": {"skip": span(3, 11, 0.65)},
+    # Others' settings. EViT (arXiv 2202.07800): keep 0.7 in blocks 3, 6 and 9, of what is left each time, fused; it
+    # drops between attention and MLP of those blocks, this behind them. TREAD (arXiv 2501.04765): half of the tokens by
+    # chance past blocks 2 to 7 of 12, all at test.
+    "evit": {
+        "skip": [
+            span(4, 7, 0.7, skipped="fuse"),
+            span(7, 10, 0.49, skipped="fuse"),
+            span(10, 12, 0.343, skipped="fuse"),
+        ]
+    },
+    "tread": {"skip": span(2, 8, 0.5, "random")},
+}
+# Question 2's, the most informative first: a tier runs on all seeds before the next begins.
+TIERS = (8, 11, 10)
+OTHERS = ("evit", "tread")
+
+CLUTTER_SCORES = ("cls_attention", "cls_attention_value", "key_norm", "mean_attention", "random")
+CLUTTER_EPOCHS = 6
+
+RESULTS = ROOT / "results" / "study"
+CHOSEN, STEP_TIMES, VERDICT = (RESULTS / name for name in ("chosen.json", "step_times.json", "verdict.json"))
+README, LOG = ROOT / "README.md", ROOT / "docs" / "LOG.md"
+BEGIN, END = "<!-- study -->", "<!-- /study -->"
+QUESTIONS = ("1", "2", "3", "clutter")
+
+
+# ------------------------------------------------------------------------------------------------------- the runs
+
+
+class Run(NamedTuple):
+    """One training run; its name is its identity."""
+
+    setting: str
+    epochs: int
+    seed: int
+    clutter: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of its JSON and its folder."""
+        return f"{'clutter_' if self.clutter else ''}{self.setting}_{self.epochs}epochs_seed{self.seed}"
+
+    @property
+    def record(self) -> Path:
+        """Its JSON."""
+        return RESULTS / f"{self.name}.json"
+
+    def recipe(self) -> dict[str, Any]:
+        """What it trains by, but for where images and folder lie."""
+        if self.clutter:
+            recipe = yaml.safe_load((ROOT / "configs/clutter/skipvit.yaml").read_text())
+            recipe["skip"]["score"] = self.setting
+        else:
+            recipe = {**RECIPE, **SETTINGS[self.setting]}
+        return {**recipe, "train": {**recipe["train"], "epochs": self.epochs, "seed": self.seed}}
+
+    def config(self) -> Config:
+        """The recipe, checked."""
+        config = from_dict(self.recipe())
+        return config.replace(model=dataclasses.replace(config.model, num_classes=10))
+
+
+def runs_of(question: str) -> list[Run]:
+    """A question's runs in the order in which they are made; those of one that nothing was chosen for are left out."""
+    if question == "2":
+        names = [name for name in SETTINGS if name not in OTHERS]
+        first = 0
+        found = []
+        for count in TIERS:
+            tier = names[first : first + count]
+            found += [Run(name, EPOCHS // 2, seed) for seed in SEEDS for name in tier]
+            first += count
+        return found
+    if question == "clutter":
+        return [Run(score, CLUTTER_EPOCHS, seed, clutter=True) for seed in SEEDS for score in CLUTTER_SCORES]
+    chosen = [json.loads(CHOSEN.read_text())["setting"]] if CHOSEN.exists() else []
+    if question == "1":
+        return [Run(name, EPOCHS, seed) for seed in PAIRED_SEEDS for name in ("dense", *chosen)] if chosen else []
+    methods = ("dense", *OTHERS, *chosen)
+    # The longest share question 1's runs.
+    pairs = [(epochs, PAIRED_SEEDS if epochs == EPOCHS else SEEDS) for epochs in COST_EPOCHS]
+    return [Run(name, epochs, seeds[i]) for i in range(len(SEEDS)) for epochs, seeds in pairs for name in methods]
+
+
+def train(run: Run, work: Path, threads: Optional[int]) -> None:
+    """Make a run, or go on with it, and record it."""
+    folder = work / "runs" / run.name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    recipe = run.recipe()
+    if not run.clutter:
+        recipe["data"] = {**recipe["data"], "train": str(work / "cifar10/train"), "val": str(work / "cifar10/held_out")}
+    recipe["train"] = {**recipe["train"], "output": str(folder), "resume": "auto"}
+    path = folder.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    started = time.time()
+    closing = command(["train", str(path)], work, threads, log=folder.with_suffix(".log"))
+    seconds = time.time() - started
+
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    validations = [item for item in metrics if "top1" in item]
+    record = {
+        "setting": run.setting,
+        "epochs": run.epochs,
+        "seed": run.seed,
+        "top1": validations[-1]["top1"],
+        "curve": [[item["epoch"], item["top1"]] for item in validations],
+        "losses": mean_losses(metrics),
+        "training_flops": training_flops(run.config(), closing["steps"] // run.epochs),
+        "steps": [
+            [shape_of(config), steps] for config, steps in steps_of(run.config(), closing["steps"] // run.epochs)
+        ],
+        "seconds": round(seconds, 1),  # of the last start alone, where it was stopped; other work may have run beside
+        "first_step_seconds": closing["first_step_seconds"],
+        "environment": json.loads((folder / "run.json").read_text()),
+        "config": run.recipe(),
+    }
+    if "object_kept" in validations[-1]:
+        record["object_kept"] = [[item["epoch"], item["object_kept"]] for item in validations]
+        record["random_kept"] = validations[-1]["random_kept"]
+    elif run.config().skip:
+        checks = {"top1_no_skip": ["--no-skip"]}
+        finished, spans = run.config().of_phase(-1).skip, run.config().skip
+        if finished != spans:  # it ends on all tokens
+            checks["top1_skip"] = ["--keep-ratio", str(spans[0].keep_ratio)]
+        for key, options in checks.items():
+            held_out = ["--data", str(work / "cifar10/held_out")]
+            record[key] = command(["evaluate", str(folder / "last.ckpt"), *held_out, *options], work, threads)["top1"]
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    temporary = run.record.with_suffix(".tmp")
+    temporary.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(temporary, run.record)
+
+
+def command(arguments: Sequence[str], work: Path, threads: Optional[int], log: Optional[Path] = None) -> dict[str, Any]:
+    """Run one of the project's commands; what its last line says."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    if threads:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    module, *rest = arguments
+    ended = subprocess.run(
+        [sys.executable, "-m", f"skipvit.{module}", *rest], cwd=work, env=environment, text=True, capture_output=True
+    )
+    if log is not None:
+        with open(log, "a", encoding="utf-8") as file:
+            file.write(ended.stdout + ended.stderr)
+    if ended.returncode:
+        raise UserError(f"{' '.join(arguments)}: ended with {ended.returncode}: {ended.stderr.strip()[-500:]}")
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+def mean_losses(metrics: Sequence[dict[str, Any]]) -> list[float]:
+    """The training loss of each epoch."""
+    epochs: dict[int, list[float]] = {}
+    for item in metrics:
+        if "loss" in item:
+            epochs.setdefault(item["epoch"], []).append(item["loss"])
+    return [round(sum(losses) / len(losses), 4) for _, losses in sorted(epochs.items())]
+
+
+# ------------------------------------------------------------------------------------------------------- its cost
+
+
+def steps_of(config: Config, steps_per_epoch: int) -> Iterator[tuple[Config, int]]:
+    """Each phase as it trains, and its steps."""
+    ends = config.phase_ends()
+    for index, (start, end) in enumerate(zip([0, *ends], ends)):
+        yield config.of_phase(index), (end - start) * steps_per_epoch
+
+
+def training_flops(config: Config, steps_per_epoch: int) -> float:
+    """Floating-point operations of a whole run, in 1e12."""
+    total = sum(
+        steps * config.data.batch_size * cost.training_flops(phase.model, phase.skip)["total"]
+        for phase, steps in steps_of(config, steps_per_epoch)
+    )
+    return round(total / 1e12, 3)
+
+
+def shape_of(config: Config) -> str:
+    """What a step's time depends on, as the key of its measurement."""
+    model = config.model
+    spans = [
+        f"{shape.span.start}-{shape.span.end}:{shape.kept}:{shape.span.score}:{shape.span.skipped}"
+        for shape in span_shapes(config.skip, model.num_patches)
+    ]
+    return " ".join([f"{model.embed_dim}x{model.depth}/{model.image_size}px/{config.data.batch_size}", *spans])
+
+
+def measure(groups_of: int, warmup: int, steps: int) -> None:
+    """Step times of every shape that question 1 to 3 may have, in groups beside the dense model, step by step in turn.
+
+    A shape's time is its ratio to the dense model of its own group times the dense model's median over all groups, so
+    that a machine that was busy for a while does not bend one of them. What is measured already stays.
+    """
+    from skipvit import benchmark
+
+    known = step_times()
+    wanted: dict[str, Config] = {}
+    for name in SETTINGS:
+        for config, _ in steps_of(Run(name, EPOCHS, 0).config(), 1):
+            wanted.setdefault(shape_of(config), config)
+    dense = Run("dense", EPOCHS, 0).config()
+    missing = [shape for shape in wanted if shape not in known["ratios"] and shape != shape_of(dense)]
+    for first in range(0, len(missing), groups_of):
+        group = missing[first : first + groups_of]
+        configs = [dense, *(wanted[shape] for shape in group)]
+        contenders = []
+        try:
+            for shape, config in zip(["dense", *group], configs):
+                contenders.append(benchmark.Contender(shape, config, "own"))
+            benchmark.take_turns(contenders, warmup, steps)
+            for shape, contender in zip(group, contenders[1:]):
+                known["ratios"][shape] = round(benchmark.ratio(contender, contenders[0])["ratio"], 4)
+            known["dense_ms"].append(benchmark.summary_of(contenders[0], dense.data.batch_size)["ms"])
+        finally:
+            for contender in contenders:
+                contender.close()
+        known["ratios"][shape_of(dense)] = 1.0
+        known["environment"] = benchmark.surroundings(dense)
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        STEP_TIMES.write_text(json.dumps(known, indent=1) + "\n")
+        print(f"{min(first + groups_of, len(missing))} of {len(missing)} shapes measured", flush=True)
+
+
+def seconds_of(record: dict[str, Any], times: dict[str, Any]) -> Optional[float]:
+    """A run's training by measured step times, without validation and compilation; None while one is missing."""
+    if not all(shape in times["ratios"] for shape, _ in record["steps"]):
+        return None
+    dense = float(np.median(times["dense_ms"]))
+    return sum(steps * times["ratios"][shape] * dense / 1e3 for shape, steps in record["steps"])
+
+
+def step_times() -> dict[str, Any]:
+    """What `time` has measured so far: by shape the ratio to dense, and dense's ms in each group."""
+    return json.loads(STEP_TIMES.read_text()) if STEP_TIMES.exists() else {"ratios": {}, "dense_ms": []}
+
+
+# ------------------------------------------------------------------------------------------------ images, verdict
+
+
+def prepare(archive: Path, work: Path) -> None:
+    """Unpack the training and the held-out images; the test images stay where they are."""
+    target = work / "cifar10"
+    if target.exists():
+        raise UserError(f"{target}: is there already; delete it to have it made anew")
+    parts = {"held_out": (0, HELD_OUT_A_CLASS), "train": (HELD_OUT_A_CLASS, HELD_OUT_A_CLASS + TRAINING_A_CLASS)}
+    unfinished = work / ".cifar10.tmp"
+    for part, name, content in images_in(archive, "train"):
+        for folder, (first, end) in parts.items():
+            if first <= int(Path(name).stem) < end:
+                write(unfinished / folder / part / name, content)
+    unfinished.rename(target)
+
+
+def images_in(archive: Path, split: str) -> Iterator[tuple[str, str, bytes]]:
+    """Class, name and content of each image of `cifar10/<split>/<class>/<n>.jpg` in a tar file."""
+    try:
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                place = Path(member.name).parts
+                content = tar.extractfile(member)
+                if len(place) == 4 and place[1] == split and content is not None:
+                    yield place[2], place[3], content.read()
+    except (OSError, tarfile.TarError) as error:
+        raise UserError(f"--cifar10: {archive} cannot be read as a tar file: {error}") from None
+
+
+def write(path: Path, content: bytes) -> None:
+    """A file and the folders it lies in."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+def choose(setting: str, no_skip: bool) -> None:
+    """Record which SkipViT question 1 is about, before any of its runs."""
+    if CHOSEN.exists():
+        raise UserError(f"{CHOSEN}: question 1 is about {json.loads(CHOSEN.read_text())['setting']}; that stays")
+    if setting not in SETTINGS or not SETTINGS[setting]["skip"]:
+        raise UserError(f"{setting}: is no setting with skipping; there are {', '.join(SETTINGS)}")
+    content = {
+        "setting": setting,
+        "recipe": SETTINGS[setting],
+        "tested_without_skipping": no_skip,
+        "epochs": EPOCHS,
+        "seeds": list(PAIRED_SEEDS),
+        "date": datetime.date.today().isoformat(),
+    }
+    write(CHOSEN, (json.dumps(content, indent=1) + "\n").encode())
+    tables()
+
+
+def verdict(archive: Path, work: Path, threads: Optional[int]) -> None:
+    """Evaluate question 1's runs on the test images, each once."""
+    if VERDICT.exists():
+        raise UserError(
+            f"{VERDICT}: the test images were opened on {json.loads(VERDICT.read_text())['date']}; they stay"
+        )
+    if not CHOSEN.exists() or choice_in_words() not in LOG.read_text():
+        raise UserError(f"{LOG}: does not say yet what is to be tested; `choose` it first, and keep that line")
+    runs = runs_of("1")
+    missing = [run.name for run in runs if not run.record.exists()]
+    if missing:
+        raise UserError(f"{missing[0]}: and {len(missing) - 1} more runs are missing; `run --question 1` makes them")
+    chosen = json.loads(CHOSEN.read_text())
+    test = work / "cifar10/test"
+    for part, name, content in images_in(archive, "test"):
+        write(test / part / name, content)
+    found = {}
+    for run in runs:
+        options = ["--no-skip"] if chosen["tested_without_skipping"] and run.setting != "dense" else []
+        checkpoint = work / "runs" / run.name / "last.ckpt"
+        found[run.name] = command(["evaluate", str(checkpoint), "--data", str(test), *options], work, threads)["top1"]
+        print(f"{run.name}: {found[run.name]}", flush=True)
+    content = {"date": datetime.date.today().isoformat(), "images": 10_000, "top1": found}
+    write(VERDICT, (json.dumps(content, indent=1) + "\n").encode())
+    tables()
+
+
+# ----------------------------------------------------------------------------------------------- tables, pictures
+
+
+def interval(differences: Sequence[float]) -> str:
+    """Mean and the 95% interval of paired differences, by Student's t."""
+    mean = float(np.mean(differences))
+    if len(differences) < 2:
+        return f"{mean:+.2f}"
+    half = float(stats.t.ppf(0.975, len(differences) - 1) * np.std(differences, ddof=1) / np.sqrt(len(differences)))
+    return f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})"
+
+
+def records() -> dict[tuple[str, int, int], dict[str, Any]]:
+    """What is recorded of CIFAR-10, by setting, epochs and seed."""
+    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*_seed*.json"))]
+    return {(item["setting"], item["epochs"], item["seed"]): item for item in found if "object_kept" not in item}
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """In Markdown."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
+
+
+def costs(ours: dict[str, Any], dense: dict[str, Any]) -> list[str]:
+    """A run's FLOPs and time by measured steps, as shares of a dense run's."""
+    seconds = [seconds_of(record, step_times()) for record in (ours, dense)]
+    measured = f"{seconds[0] / seconds[1]:.2f}" if seconds[0] and seconds[1] else ""
+    return [f"{ours['training_flops'] / dense['training_flops']:.2f}", measured]
+
+
+def settings_table(epochs: int) -> str:
+    """Every setting against dense on the seeds that both have, on the held-out images."""
+    known = records()
+    rows = []
+    for name in SETTINGS:
+        seeds = [seed for seed in SEEDS if (name, epochs, seed) in known and ("dense", epochs, seed) in known]
+        if not seeds:
+            continue
+        ours, dense = ([known[key, epochs, seed] for seed in seeds] for key in (name, "dense"))
+        tops = [[item.get(key, item["top1"]) for item in ours] for key in ("top1", "top1_skip", "top1_no_skip")]
+        differences = [item["top1"] - other["top1"] for item, other in zip(ours, dense)]
+        rows.append(
+            [
+                f"`{name}`",
+                describe(SETTINGS[name]),
+                *costs(ours[0], dense[0]),
+                f"{np.mean(tops[0]):.2f}",
+                interval(differences) if name != "dense" else "",
+                *(f"{np.mean(top):.2f}" if name != "dense" else "" for top in tops[1:]),
+                str(len(seeds)),
+            ]
+        )
+    header = ["setting", "", "FLOPs", "time", "Top-1", "less dense", "with skipping", "without", "seeds"]
+    return table(header, rows) if rows else "No run yet."
+
+
+def describe(setting: dict[str, Any]) -> str:
+    """A setting in a few words."""
+    spans = setting["skip"] if isinstance(setting["skip"], list) else [setting["skip"]] if setting["skip"] else []
+    words = [
+        f"{item['start']}→{item['end']} at {item['keep_ratio']:g}"
+        + (f", {item['score']}" if item["score"] != "cls_attention" else "")
+        + (f", {item['skipped']}" if item["skipped"] != "rejoin" else "")
+        for item in spans
+    ]
+    parts = [
+        " ".join(
+            [f"{phase['share']:.0%}"]
+            + ([f"keeping {phase['keep_ratio']:g}"] if "keep_ratio" in phase else [])
+            + ([f"of {phase['image_size']} px"] if "image_size" in phase else [])
+        )
+        for phase in setting.get("phases", [])
+    ]
+    return "; ".join(words + ([f"phases {', '.join(parts)}"] if parts else [])) or "no token skips"
+
+
+def meant_top1(item: dict[str, Any]) -> float:
+    """Held-out Top-1 as the setting is meant to be tested: TREAD's with all tokens, others as they were trained."""
+    return item["top1_no_skip"] if item["setting"] == "tread" else item["top1"]
+
+
+def cost_points() -> dict[str, dict[float, list[float]]]:
+    """By method: minutes of training by measured steps to the Top-1 of each seed."""
+    known, times = records(), step_times()
+    points: dict[str, dict[float, list[float]]] = {}
+    for run in runs_of("3"):
+        record = known.get((run.setting, run.epochs, run.seed))
+        seconds = seconds_of(record, times) if record else None
+        if record and seconds:
+            of_method = points.setdefault(run.setting, {})
+            of_method.setdefault(round(seconds / 60, 2), []).append(meant_top1(record))
+    return {name: dict(sorted(of_method.items())) for name, of_method in points.items()}
+
+
+def cost_table() -> str:
+    """Question 3."""
+    rows = [
+        [f"`{name}`", f"{minutes:.1f}", f"{np.mean(tops):.2f}", f"{min(tops):.2f} to {max(tops):.2f}", str(len(tops))]
+        for name, of_method in cost_points().items()
+        for minutes, tops in of_method.items()
+    ]
+    return table(["method", "minutes", "Top-1", "seeds' range", "seeds"], rows) if rows else "No run yet."
+
+
+def verdict_in_words() -> str:
+    """Question 1: the paired differences on the test images."""
+    if not VERDICT.exists():
+        return "The test images have not been opened yet."
+    found, chosen = json.loads(VERDICT.read_text()), json.loads(CHOSEN.read_text())
+    known = records()
+    rows = []
+    pairs = []
+    for seed in chosen["seeds"]:
+        names = [Run(name, chosen["epochs"], seed).name for name in ("dense", chosen["setting"])]
+        pairs.append([found["top1"][name] for name in names])
+        rows.append([str(seed), *(f"{top1:.2f}" for top1 in pairs[-1]), f"{pairs[-1][1] - pairs[-1][0]:+.2f}"])
+    dense, ours = (np.mean(column) for column in zip(*pairs))
+    rows.append(["mean", f"{dense:.2f}", f"{ours:.2f}", interval([skip - dense for dense, skip in pairs])])
+    first = chosen["seeds"][0]
+    of_dense = costs(known[chosen["setting"], EPOCHS, first], known["dense", EPOCHS, first])
+    return (
+        f"{choice_in_words()} Opened {found['date']}, {found['images']:,} images; with the 95% interval. Training cost "
+        f"of dense: {of_dense[0]} of the FLOPs, {of_dense[1]} of the time.\n\n"
+        + table(["seed", "dense", f"`{chosen['setting']}`", "difference"], rows)
+    )
+
+
+def choice_in_words() -> str:
+    """What was chosen for question 1, and when."""
+    chosen = json.loads(CHOSEN.read_text())
+    tested = "all tokens" if chosen["tested_without_skipping"] else "skipping as trained"
+    seeds = f"{chosen['seeds'][0]} to {chosen['seeds'][-1]}"
+    return (
+        f"Chosen on {chosen['date']} by the held-out images: `{chosen['setting']}` ({describe(chosen['recipe'])}), "
+        f"{chosen['epochs']} epochs, seeds {seeds}, tested with {tested}, against dense."
+    )
+
+
+def clutter_curves() -> dict[str, list[tuple[float, float, float, float]]]:
+    """By score: epoch, and mean, least and largest share over the seeds of the object's patches that were kept."""
+    found: dict[str, list[list[Any]]] = {}
+    for run in runs_of("clutter"):
+        if run.record.exists():
+            found.setdefault(run.setting, []).append(json.loads(run.record.read_text())["object_kept"])
+    return {
+        score: [
+            (points[0][0], float(np.mean(shares)), min(shares), max(shares))
+            for points in zip(*curves)
+            for shares in [[share for _, share in points]]
+        ]
+        for score, curves in found.items()
+    }
+
+
+def clutter_table() -> str:
+    """The shares after the first and the last epoch."""
+    rows = [
+        [
+            f"`{score}`",
+            *(f"{100 * points[i][1]:.1f}% ({100 * points[i][2]:.1f} to {100 * points[i][3]:.1f})" for i in (0, -1)),
+        ]
+        for score, points in clutter_curves().items()
+    ]
+    return table(["score", "after 1 epoch", f"after {CLUTTER_EPOCHS}"], rows) if rows else "No run yet."
+
+
+COST_PICTURE, CLUTTER_PICTURE = "docs/study_cost.png", "docs/study_clutter.png"
+
+
+def draw() -> None:
+    """The two pictures, where there is something to draw."""
+    from matplotlib.figure import Figure  # slow to import, and needed here alone
+
+    points, curves = cost_points(), clutter_curves()
+    if points:
+        figure = Figure(figsize=(5.5, 4), layout="constrained")
+        axes = figure.add_subplot(xlabel="minutes of training steps, 2 CPU cores", ylabel="Top-1 on held-out images, %")
+        for name, of_method in points.items():
+            means = [float(np.mean(tops)) for tops in of_method.values()]
+            below = [mean - min(tops) for mean, tops in zip(means, of_method.values())]
+            above = [max(tops) - mean for mean, tops in zip(means, of_method.values())]
+            axes.errorbar(list(of_method), means, (below, above), fmt="o-", capsize=3, label=name)
+        axes.legend(frameon=False)
+        figure.savefig(ROOT / COST_PICTURE, dpi=120)
+    if curves:
+        figure = Figure(figsize=(5.5, 4), layout="constrained")
+        axes = figure.add_subplot(xlabel="epochs", ylabel="share of the object's patches kept", ylim=(0, 1))
+        for score, of_score in curves.items():
+            epochs, means, low, high = zip(*of_score)
+            axes.plot(epochs, means, "o-", label=score)
+            axes.fill_between(epochs, low, high, alpha=0.2)
+        axes.legend(frameon=False)
+        figure.savefig(ROOT / CLUTTER_PICTURE, dpi=120)
+
+
+def blocks() -> dict[Path, str]:
+    """What stands between the markers of each document."""
+    pictures = {
+        COST_PICTURE: "Top-1 on held-out images against minutes of training, by method",
+        CLUTTER_PICTURE: "Share of the object's patches that each score keeps, over training",
+    }
+    shown = [f"![{alt}]({name})" for name, alt in pictures.items() if (ROOT / name).exists()]
+    readme = [verdict_in_words(), *shown, settings_table(EPOCHS // 2)]
+    choice = choice_in_words() if CHOSEN.exists() else "Nothing is chosen for question 1 yet."
+    return {README: "\n\n".join(readme), LOG: "\n\n".join([choice, cost_table(), clutter_table()])}
+
+
+def with_block(text: str, block: str) -> str:
+    """A document with its block brought up to date."""
+    before, _, rest = text.partition(BEGIN)
+    return f"{before}{BEGIN}\n{block}\n{END}{rest.partition(END)[2]}"
+
+
+def tables() -> None:
+    """Pictures first, then both documents."""
+    draw()
+    for path, block in blocks().items():
+        path.write_text(with_block(path.read_text(), block))
+
+
+# ---------------------------------------------------------------------------------------------------- the command
+
+
+def run_missing(question: Optional[str], work: Path, limit: Optional[int], jobs: int, threads: Optional[int]) -> None:
+    """The next runs that are not recorded yet."""
+    if not (work / "cifar10").is_dir() and question != "clutter":
+        raise UserError(f"--work: {work / 'cifar10'} is not there; `prepare` makes it")
+    missing = [run for run in all_runs(question) if not run.record.exists()][:limit]
+
+    def make(run: Run) -> None:
+        print(f"{time.strftime('%H:%M')} {run.name}", flush=True)
+        train(run, work, threads)
+        print(f"{time.strftime('%H:%M')} {run.name}: Top-1 {json.loads(run.record.read_text())['top1']}", flush=True)
+
+    with ThreadPoolExecutor(jobs) as executor:
+        list(executor.map(make, missing))
+
+
+def all_runs(question: Optional[str]) -> list[Run]:
+    """Of one question, or of all in the order they are to be answered, each run once."""
+    questions = [question] if question else ["2", "clutter", "1", "3"]
+    return list(dict.fromkeys(run for name in questions for run in runs_of(name)))
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """See the module."""
+    parser = Parser(
+        prog="studies/accuracy.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", choices=("prepare", "plan", "run", "time", "choose", "verdict", "tables"))
+    parser.add_argument("setting", nargs="?", help=f"for choose: one of {', '.join(SETTINGS)}")
+    parser.add_argument("--work", type=Path, help="folder of images and runs, outside the repository")
+    parser.add_argument("--cifar10", type=Path, help="tar file of cifar10/{train,test}/<class>/<n>.jpg")
+    parser.add_argument("--question", choices=QUESTIONS, help="none: 2, clutter, 1, 3")
+    parser.add_argument("--limit", type=int, help="make at most so many runs")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1)")
+    parser.add_argument("--threads", type=int, help="OMP_NUM_THREADS of each (default: all cores)")
+    parser.add_argument("--no-skip", action="store_true", help="for choose: the verdict tests it on all tokens")
+    arguments = parser.parse_args(argv)
+    needed = {"prepare": ("work", "cifar10"), "run": ("work",), "verdict": ("work", "cifar10"), "choose": ("setting",)}
+    for name in needed.get(arguments.command, ()):
+        if getattr(arguments, name) is None:
+            raise UserError(
+                f"{arguments.command}: needs {'a setting' if name == 'setting' else f'--{name}'}; see --help"
+            )
+    if arguments.work is not None:
+        arguments.work = arguments.work.absolute()
+
+    if arguments.command == "prepare":
+        prepare(arguments.cifar10, arguments.work)
+    elif arguments.command == "plan":
+        for run in all_runs(arguments.question):
+            print(f"{'done' if run.record.exists() else '    '} {run.name}")
+    elif arguments.command == "run":
+        run_missing(arguments.question, arguments.work, arguments.limit, arguments.jobs, arguments.threads)
+    elif arguments.command == "time":
+        measure(groups_of=4, warmup=8, steps=12)
+    elif arguments.command == "choose":
+        choose(arguments.setting, arguments.no_skip)
+    elif arguments.command == "verdict":
+        verdict(arguments.cifar10, arguments.work, arguments.threads)
+    else:
+        tables()
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,229 @@
+"""The study: its runs are valid recipes, its tables say what the files say, the test images are opened once."""
+
+import importlib.util
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from skipvit.config import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+specification = importlib.util.spec_from_file_location("accuracy", ROOT / "studies" / "accuracy.py")
+study = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(study)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A repository of its own for what the study writes."""
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    for name, path in (("RESULTS", "study"), ("README", "README.md"), ("LOG", "docs/LOG.md")):
+        monkeypatch.setattr(study, name, tmp_path / path)
+    for name in ("CHOSEN", "STEP_TIMES", "VERDICT"):
+        monkeypatch.setattr(study, name, tmp_path / "study" / getattr(study, name).name)
+    for path in (study.README, study.LOG):
+        path.write_text(f"before\n{study.BEGIN}\n{study.END}\nafter\n")
+    return tmp_path
+
+
+@pytest.fixture
+def archive(tmp_path):
+    """Two classes of eight training and two test images, which are the letters of their names."""
+    path = tmp_path / "cifar10.tar.gz"
+    with tarfile.open(path, "w:gz") as tar:
+        for split, count in (("train", 8), ("test", 2)):
+            for part in ("crow", "owl"):
+                for number in range(count):
+                    name = f"cifar10/{split}/{part}/{number:04d}.jpg"
+                    member = tarfile.TarInfo(name)
+                    member.size = len(name)
+                    tar.addfile(member, io.BytesIO(name.encode()))
+    return path
+
+
+def record(run, top1, **more):
+    """A run's JSON with this Top-1."""
+    shapes = [[study.shape_of(config), steps] for config, steps in study.steps_of(run.config(), 10)]
+    content = {
+        "setting": run.setting,
+        "epochs": run.epochs,
+        "seed": run.seed,
+        "top1": top1,
+        "steps": shapes,
+        "training_flops": study.training_flops(run.config(), 10),
+        **more,
+    }
+    study.write(run.record, json.dumps(content).encode())
+
+
+def test_every_setting_is_a_recipe_at_every_length():
+    for name in study.SETTINGS:
+        for epochs in {study.EPOCHS, study.EPOCHS // 2, *study.COST_EPOCHS}:
+            config = study.Run(name, epochs, 0).config()
+            assert config.model.num_patches == 64
+            assert sum(steps for _, steps in study.steps_of(config, 10)) == 10 * epochs
+    dense = study.training_flops(study.Run("dense", 12, 0).config(), 10)
+    for name in study.SETTINGS:
+        share = study.training_flops(study.Run(name, 12, 0).config(), 10) / dense
+        assert share == 1 if name == "dense" else 0.25 < share < 1, name
+
+
+def test_the_most_informative_runs_come_first_and_seeds_interleave(place):
+    runs = study.runs_of("2")
+    assert len(runs) == len(set(runs)) == 3 * (len(study.SETTINGS) - len(study.OTHERS))
+    assert [run.setting for run in runs[:3]] == ["dense", "paper", "corner"]
+    assert [run.seed for run in runs[: 3 * study.TIERS[0]]] == [s for s in (0, 1, 2) for _ in range(study.TIERS[0])]
+    assert study.runs_of("1") == []
+    study.choose("corner", no_skip=True)
+    runs = study.runs_of("1")
+    assert len(runs) == 20
+    assert [(run.setting, run.seed) for run in runs[:4]] == [
+        ("dense", 100),
+        ("corner", 100),
+        ("dense", 101),
+        ("corner", 101),
+    ]
+    assert not {run.seed for run in runs} & set(study.SEEDS)
+    assert len(study.all_runs(None)) == len(set(study.all_runs(None)))
+
+
+def test_held_out_images_are_none_of_the_training_images_and_test_images_stay_packed(place, archive, monkeypatch):
+    monkeypatch.setattr(study, "HELD_OUT_A_CLASS", 2)
+    monkeypatch.setattr(study, "TRAINING_A_CLASS", 4)
+    study.prepare(archive, place / "work")
+    found = {
+        str(path.relative_to(place / "work/cifar10")): path.read_text() for path in (place / "work").rglob("*.jpg")
+    }
+    assert found == {
+        f"{part}/{name}/{n:04d}.jpg": f"cifar10/train/{name}/{n:04d}.jpg"
+        for part, numbers in (("held_out", (0, 1)), ("train", (2, 3, 4, 5)))
+        for name in ("crow", "owl")
+        for n in numbers
+    }
+    with pytest.raises(UserError, match="is there already"):
+        study.prepare(archive, place / "work")
+
+
+def test_a_run_is_recorded_from_what_the_commands_say(place, monkeypatch):
+    run = study.Run("corner_full_end", 6, 1)
+    asked = []
+
+    def command(arguments, work, threads, log=None):
+        asked.append(arguments)
+        if arguments[0] == "evaluate":
+            return {"top1": 40.0 + len(asked)}
+        recipe = study.yaml.safe_load(Path(arguments[1]).read_text())
+        assert (recipe["train"]["seed"], recipe["train"]["epochs"], recipe["train"]["resume"]) == (1, 6, "auto")
+        folder = Path(recipe["train"]["output"])
+        lines = [{"step": step, "epoch": 1 + step // 10, "loss": float(step)} for step in range(60)]
+        lines += [{"step": 20 * i, "epoch": 2.0 * i, "top1": 10.0 * i, "top5": 0} for i in (1, 2, 3)]
+        study.write(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+        study.write(folder / "run.json", b"{}")
+        return {"steps": 60, "first_step_seconds": [5.0, 6.0]}
+
+    monkeypatch.setattr(study, "command", command)
+    study.train(run, place / "work", None)
+    found = json.loads(run.record.read_text())
+    assert (found["top1"], found["top1_no_skip"], found["top1_skip"]) == (30.0, 42.0, 43.0)
+    assert asked[1][-1] == "--no-skip"
+    assert asked[2][-2:] == ["--keep-ratio", "0.25"]  # it ends on all tokens
+    assert found["curve"] == [[2.0, 10.0], [4.0, 20.0], [6.0, 30.0]]
+    assert found["losses"][:2] == [4.5, 14.5]
+    assert [steps for _, steps in found["steps"]] == [50, 10]
+    assert str(place) not in run.record.read_text()
+
+
+def test_differences_are_paired_by_seed_with_students_interval(place):
+    dense, ours = [50.0, 52.0, 47.0], [50.5, 51.5, 48.5]
+    for seed, (one, other) in enumerate(zip(dense, ours)):
+        record(study.Run("dense", 6, seed), one)
+        record(study.Run("paper", 6, seed), other, top1_no_skip=other - 1)
+    record(study.Run("keep10", 6, 0), 40.0, top1_no_skip=30.0)
+    differences = np.subtract(ours, dense)
+    low, high = stats.t.interval(0.95, 2, differences.mean(), differences.std(ddof=1) / np.sqrt(3))
+    text = study.settings_table(6)
+    (row,) = [line for line in text.splitlines() if "`paper`" in line]
+    assert f"| 50.17 | +0.50 ({low:+.2f} to {high:+.2f}) | 50.17 | 49.17 | 3 |" in row
+    (row,) = [line for line in text.splitlines() if "`keep10`" in line]
+    assert "| 40.00 | -10.00 | 40.00 | 30.00 | 1 |" in row
+    shape = study.shape_of(study.Run("paper", 6, 0).config())
+    times = {
+        "ratios": {shape: 0.6, study.shape_of(study.Run("dense", 6, 0).config()): 1.0},
+        "dense_ms": [900, 1000, 2000],
+    }
+    study.write(study.STEP_TIMES, json.dumps(times).encode())
+    (row,) = [line for line in study.settings_table(6).splitlines() if "`paper`" in line]
+    assert "| 0.60 | 50.17 |" in row
+    assert study.cost_points() == {"dense": {1.0: dense}}, "60 steps of a second"
+
+
+def test_the_test_images_are_opened_once_for_what_was_chosen(place, archive, monkeypatch):
+    work = place / "work"
+    with pytest.raises(UserError, match="does not say yet what is to be tested"):
+        study.verdict(archive, work, None)
+    study.choose("corner", no_skip=True)
+    with pytest.raises(UserError, match="question 1 is about corner; that stays"):
+        study.choose("paper", no_skip=False)
+    with pytest.raises(UserError, match=r"dense_12epochs_seed100: and 19 more runs are missing"):
+        study.verdict(archive, work, None)
+    for run in study.runs_of("1"):
+        record(run, 50.0)
+    asked = []
+
+    def command(arguments, work, threads):
+        asked.append(arguments)
+        assert (work / "cifar10/test/owl/0001.jpg").exists()
+        return {"top1": 60.0 - 0.5 * ("--no-skip" in arguments) + 0.1 * len(asked)}
+
+    monkeypatch.setattr(study, "command", command)
+    text = study.LOG.read_text()
+    study.LOG.write_text(text.replace("corner", "paper"))
+    with pytest.raises(UserError, match="does not say yet"):
+        study.verdict(archive, work, None)
+    study.LOG.write_text(text)
+    study.verdict(archive, work, None)
+    assert len(asked) == 20
+    assert sum("--no-skip" in arguments for arguments in asked) == 10
+    readme = study.README.read_text()
+    assert "| 100 | 60.10 | 59.70 | -0.40 |" in readme
+    assert "| mean | 61.00 | 60.60 | -0.40 (-0.40 to -0.40) |" in readme
+    assert readme.startswith("before\n")
+    assert readme.endswith("after\n")
+    with pytest.raises(UserError, match="the test images were opened on"):
+        study.verdict(archive, work, None)
+
+
+def test_the_share_of_the_object_is_told_over_training(place):
+    for seed in study.SEEDS:
+        shares = [[float(epoch), (epoch + seed) / 10] for epoch in range(1, 7)]
+        record(study.Run("random", study.CLUTTER_EPOCHS, seed, clutter=True), 90.0, object_kept=shares)
+    assert "| `random` | 20.0% (10.0 to 30.0) | 70.0% (60.0 to 80.0) |" in study.clutter_table()
+    assert study.records() == {}
+
+
+def test_pictures_are_drawn_and_shown(place):
+    pytest.importorskip("matplotlib")
+    for epochs in study.COST_EPOCHS:
+        for seed in (study.PAIRED_SEEDS if epochs == study.EPOCHS else study.SEEDS)[:2]:
+            record(study.Run("dense", epochs, seed), 50.0 + epochs + seed / 10)
+    record(study.Run("random", study.CLUTTER_EPOCHS, 0, clutter=True), 90.0, object_kept=[[1.0, 0.4], [2.0, 0.5]])
+    dense = study.shape_of(study.Run("dense", 6, 0).config())
+    study.write(study.STEP_TIMES, json.dumps({"ratios": {dense: 1.0}, "dense_ms": [1000]}).encode())
+    study.tables()
+    for name in (study.COST_PICTURE, study.CLUTTER_PICTURE):
+        assert (place / name).read_bytes().startswith(b"\x89PNG")
+        assert f"]({name})" in study.README.read_text()
+
+
+def test_the_documents_say_what_the_files_say():
+    for path, block in study.blocks().items():
+        text = path.read_text()
+        assert text.count(study.BEGIN) == text.count(study.END) == 1
+        assert study.with_block(text, block) == text, "run: python studies/accuracy.py tables"
