@@ -427,7 +427,7 @@ def test_a_signal_that_came_too_late_for_this_step_waits_for_the_next(trainer, m
     monkeypatch.setattr(runtime, "sum_over_ranks", sum_over_ranks)
     assert not note_sink(trainer)
     assert note_sink(trainer)
-    assert trainer.ending() == signal.SIGTERM
+    assert trainer.stop.agreed == signal.SIGTERM
 
 
 def test_a_signal_that_another_rank_received_ends_this_one_alike(trainer, monkeypatch):
@@ -436,7 +436,7 @@ def test_a_signal_that_another_rank_received_ends_this_one_alike(trainer, monkey
 
     monkeypatch.setattr(runtime, "sum_over_ranks", other_got_ctrl_c)
     assert note_sink(trainer)
-    assert trainer.ending() == signal.SIGINT
+    assert trainer.stop.agreed == signal.SIGINT
     assert trainer.stop.received is None, "its own, when it comes, is the first and not the second"
 
 

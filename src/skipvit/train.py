@@ -423,12 +423,12 @@ class Trainer:
         result = None
         clock.start_compiling()
         for _ in runtime.sinks(self.step, to_dataset(source), sink_steps):
+            self.stop.can_be_awaited = True
             first = clock.sink_done(sink_steps)
             if first is not None:
                 self.log.say(f"first step, compilation included: {first:.1f} s")
             self.step_count += sink_steps
             stopping = self.note_sink(progress, clock)
-            self.stop.can_be_awaited = True
             found = runtime.union_over_ranks(source.unreadable(), len(self.folders.train), self.process.ranks)
             for path in unreadable.update(found):
                 self.log.say(f"warning: cannot be read, the next image took its place: {path}")
