@@ -64,7 +64,9 @@ def test_both_forms_are_one_function(case):
     np.testing.assert_array_equal(output, wanted)
     assert len(gradients) == len(inputs)
     for gradient, of_plain in zip(gradients, wanted_gradients):
-        np.testing.assert_allclose(gradient, of_plain, rtol=0, atol=3e-6 * np.abs(of_plain).max())
+        # Against float64 LayerNormGrad of MindSpore 2.0.0 is off by 1.4e-5 of the largest, the CPU form by 2e-7.
+        share = 3e-5 if case == "layer_norm" else 3e-6
+        np.testing.assert_allclose(gradient, of_plain, rtol=0, atol=share * np.abs(of_plain).max())
 
 
 def test_each_device_has_its_form(monkeypatch):
