@@ -59,7 +59,7 @@ RECIPE: dict[str, Any] = {
         "gelu": "sigmoid",
     },
     "data": {
-        "batch_size": 128,
+        "batch_size": 64,
         "val_crop_ratio": 1.0,
         "mean": [0.4914, 0.4822, 0.4465],
         "std": [0.2470, 0.2435, 0.2616],
@@ -602,12 +602,9 @@ COST_PICTURE, CLUTTER_PICTURE = "docs/study_cost.png", "docs/study_clutter.png"
 
 def draw() -> None:
     """The two pictures, where there is something to draw."""
-    from matplotlib.figure import Figure  # slow to import, and needed here alone
-
     points, curves = cost_points(), clutter_curves()
     if points:
-        figure = Figure(figsize=(5.5, 4), layout="constrained")
-        axes = figure.add_subplot(xlabel="minutes of training steps, 2 CPU cores", ylabel="Top-1 on held-out images, %")
+        figure, axes = picture("minutes of training steps, 2 CPU cores", "Top-1 on held-out images, %")
         for name, of_method in points.items():
             means = [float(np.mean(tops)) for tops in of_method.values()]
             below = [mean - min(tops) for mean, tops in zip(means, of_method.values())]
@@ -616,14 +613,22 @@ def draw() -> None:
         axes.legend(frameon=False)
         figure.savefig(ROOT / COST_PICTURE, dpi=120)
     if curves:
-        figure = Figure(figsize=(5.5, 4), layout="constrained")
-        axes = figure.add_subplot(xlabel="epochs", ylabel="share of the object's patches kept", ylim=(0, 1))
+        figure, axes = picture("epochs", "share of the object's patches kept")
         for score, of_score in curves.items():
             epochs, means, low, high = zip(*of_score)
             axes.plot(epochs, means, "o-", label=score)
             axes.fill_between(epochs, low, high, alpha=0.2)
+        axes.set_ylim(0, 1)
         axes.legend(frameon=False)
         figure.savefig(ROOT / CLUTTER_PICTURE, dpi=120)
+
+
+def picture(xlabel: str, ylabel: str) -> tuple[Any, Any]:
+    """An empty figure and its axes."""
+    from matplotlib.figure import Figure  # slow to import, and needed here alone
+
+    figure = Figure(figsize=(5.5, 4), layout="constrained")
+    return figure, figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
 
 
 def blocks() -> dict[Path, str]:
