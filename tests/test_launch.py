@@ -621,7 +621,8 @@ def test_the_door(tmp_path):
     (tmp_path / "a folder").mkdir()
     stand_in = tmp_path / "stand in"
     stand_in.write_text(
-        f'#!/bin/sh\n[ "$1 $2" = "-m skipvit.train" ] || exec "{sys.executable}" "$@"\n[ "$RANK_ID" != 0 ] || echo "$@"\n'
+        f'#!/bin/sh\n[ "$1 $2" = "-m skipvit.train" ] || exec "{sys.executable}" "$@"\n'
+        '[ "$RANK_ID" != 0 ] || echo "$@"\n'
     )
     stand_in.chmod(0o755)
     environment = {**os.environ, "PYTHON": str(stand_in), "SERVER_ID": "10.0.0.1"}
