@@ -461,9 +461,10 @@ def _say(line: str) -> None:
 POLL_SECONDS = 0.1
 # After a failure there is no next step to wait for, but a checkpoint that is being written may be finished.
 FAILURE_GRACE = 10.0
-# Bad input is met by every rank within moments: let them all say so, and the message is nobody's in particular. And a
-# scheduler may go before the ranks that are about to end; otherwise they would wait for it for ever.
-SETTLE_SECONDS = 10.0
+# Bad input is met by every rank within moments: let them all say so, and the message is nobody's in particular.
+BAD_INPUT_PATIENCE = 10.0
+# A scheduler ends when all ranks have left it, which then end too; if it goes before, they may wait for it for ever.
+SCHEDULER_PATIENCE = 30.0
 KILL_PATIENCE = 10.0
 BAD_INPUT = 2
 # MindSpore 2.0.0's scheduler says so when it is ready for a rank, and again whenever one has registered.
@@ -474,8 +475,9 @@ def numbers_ranks_by_registration() -> bool:
     """Whether MindSpore here is older than 2.3, the first release with msrun: its ranks start one by one.
 
     2.0.0 numbers ranks in the order in which they register, whatever MS_NODE_ID says. Started together they also lost
-    replies of the scheduler in half of the trials there (2 ranks, 2 cores), one by one in 2 of 18; init() then ends
-    after 40 seconds with "The state of the cluster is error, total nodes num: 2, abnormal nodes num: 1".
+    replies of the scheduler in half of the trials there (2 ranks, 2 cores), one by one in 3 of 26, and in most on a busy
+    machine; init() then ends after 40 seconds with "The state of the cluster is error, total nodes num: 2, abnormal
+    nodes num: 1".
     """
     try:
         major, minor = re.findall(r"[0-9]+", metadata.version("mindspore"))[:2]
@@ -578,7 +580,8 @@ class Supervisor:
                 return
             self._odd_since = self._odd_since or now
             at_once = any(rank.exit_code != BAD_INPUT for rank in failed)
-            if not at_once and now < self._odd_since + min(SETTLE_SECONDS, self.stop_grace):
+            patience = BAD_INPUT_PATIENCE if failed else SCHEDULER_PATIENCE
+            if not at_once and now < self._odd_since + min(patience, self.stop_grace):
                 return
             grace = min(FAILURE_GRACE, self.stop_grace)
             self._failed = failed
