@@ -475,9 +475,9 @@ def numbers_ranks_by_registration() -> bool:
     """Whether MindSpore here is older than 2.3, the first release with msrun: its ranks start one by one.
 
     2.0.0 numbers ranks in the order in which they register, whatever MS_NODE_ID says. Started together they also lost
-    replies of the scheduler in half of the trials there (2 ranks, 2 cores), one by one in 3 of 26, and in most on a busy
-    machine; init() then ends after 40 seconds with "The state of the cluster is error, total nodes num: 2, abnormal
-    nodes num: 1".
+    replies of the scheduler in half of the trials there (2 ranks, 2 cores), one by one in 3 of 26, and in most on a
+    busy machine; init() then ends after 40 seconds with "The state of the cluster is error, total nodes num: 2,
+    abnormal nodes num: 1".
     """
     try:
         major, minor = re.findall(r"[0-9]+", metadata.version("mindspore"))[:2]
