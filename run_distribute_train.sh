@@ -22,12 +22,7 @@ set -euo pipefail
 # shellcheck source=run_setup.sh
 . "$(dirname "${BASH_SOURCE[0]}")/run_setup.sh"
 
-case ${1:-} in
-  -h | --help)
-    sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
-    exit
-    ;;
-esac
+help_where_asked "$@"
 
 choose_python
 exec "$PYTHON" "${here:?}/src/skipvit/launch.py" "$@"

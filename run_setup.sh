@@ -9,6 +9,16 @@ fail() {
   exit 2
 }
 
+# help_where_asked ARGUMENT...: with -h or --help as the first, print the comment at the head of the door, and end.
+help_where_asked() {
+  case ${1:-} in
+    -h | --help)
+      sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[1]}"
+      exit
+      ;;
+  esac
+}
+
 # choose_python [REQUIREMENTS]: set and export PYTHON and PYTHONPATH. The Python is, in this order,
 #   PYTHON from the environment;
 #   python3, where it has a MindSpore, as on a cluster: nothing is installed over it;

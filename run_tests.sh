@@ -9,12 +9,7 @@ set -euo pipefail
 # shellcheck source=run_setup.sh
 . "$(dirname "${BASH_SOURCE[0]}")/run_setup.sh"
 
-case ${1:-} in
-  -h | --help)
-    sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
-    exit
-    ;;
-esac
+help_where_asked "$@"
 
 choose_python requirements-dev.txt
 "$PYTHON" -c 'import hypothesis, pytest, scipy' 2>/dev/null ||

@@ -11,12 +11,7 @@ set -euo pipefail
 # shellcheck source=run_setup.sh
 . "$(dirname "${BASH_SOURCE[0]}")/run_setup.sh"
 
-case ${1:-} in
-  -h | --help)
-    sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
-    exit
-    ;;
-esac
+help_where_asked "$@"
 
 config=$here/configs/clutter/skipvit.yaml
 # The first argument is a recipe unless it is an override; the path of a recipe may hold a = too.

@@ -1,7 +1,8 @@
 """Training over two ranks for real: run_distribute_train.sh on this machine's CPU, from the table to the checkpoint.
 
 Every path has a space in it. A stand-in for the ranks' Python runs the real training and lets something befall a rank
-at a given step, so that nothing here depends on how fast the machine is.
+at a given step, so that nothing here depends on how fast the machine is. A start of two ranks is mostly waiting, so the
+jobs that the selected tests ask for are all begun when the first test is, and run beside each other.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -35,7 +37,7 @@ STEPS = EPOCHS * STEPS_AN_EPOCH
 SEEDS = [["train.seed=11"], ["train.seed=97"]]  # of rank 0 and of rank 1
 
 # The real training, with an order: `overrides` of each rank's own; `kill`: [rank, step] at which it is killed, as by
-# the system when memory runs out; `hold`: the step after which rank 0 waits for a signal.
+# the system when memory runs out; `hold`: where rank 0 waits for a signal, after a step or at "start" or "validation".
 RANK = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -46,45 +48,72 @@ from skipvit import checkpoint, train
 from skipvit.log import run_command
 
 rank, record, order = int(os.environ["RANK_ID"]), Path(os.environ["RECORD"]), json.loads(os.environ["ORDER"])
-note_sink, run, save = train.Trainer.note_sink, train.Trainer.run, checkpoint.save
 
 
-def noting(self, *arguments):
+def before(name, owner=train.Trainer):
+    def wrap(action):
+        original = getattr(owner, name)
+
+        def both(self, *arguments):
+            action(self, *arguments)
+            return original(self, *arguments)
+
+        setattr(owner, name, both)
+
+    return wrap
+
+
+def hold(trainer, place):
+    if rank == 0 and order.get("hold") == place:
+        (record / "held").touch()
+        while trainer.stop.received is None:
+            time.sleep(0.01)
+
+
+@before("run")
+def start(self):
+    hold(self, "start")
+
+
+@before("note_sink")
+def step(self, *_):
     if order.get("kill") == [rank, self.step_count]:
         print("the last that was heard of it", file=sys.stderr, flush=True)
         (record / "killed").touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    if rank == 0 and order.get("hold") == self.step_count:
-        (record / "held").touch()
-        while self.stop.received is None:
-            time.sleep(0.01)
-    return note_sink(self, *arguments)
+    hold(self, self.step_count)
 
 
-def running(self):
-    code = run(self)
+@before("stop_if_asked")
+def validation(self):
+    hold(self, "validation")
+
+
+@before("save", owner=checkpoint)
+def save(path, *_):
+    with open(record / f"writes of {rank}", "a") as file:
+        print(path, file=file)
+
+
+def run(self, original=train.Trainer.run):
+    code = original(self)
     state = {parameter.name: parameter.asnumpy() for parameter in self.step.get_parameters()}
     np.savez(record / f"rank {rank}.npz", step=self.step_count, **state)
     return code
 
 
-def saving(path, *arguments):
-    with open(record / f"writes of {rank}", "a") as file:
-        print(path, file=file)
-    save(path, *arguments)
-
-
-train.Trainer.note_sink, train.Trainer.run, checkpoint.save = noting, running, saving
+train.Trainer.run = run
 overrides = order["overrides"][rank] if "overrides" in order else []
 sys.exit(run_command(train.main, sys.argv[3:] + overrides))
 """
+# Runs everything but the ranks as it is: the door's look at its packages, the launcher, the scheduler.
 STAND_IN = """#!/bin/sh
-[ "$1 $2" = "-m skipvit.train" ] || exec "{python}" "$@"  # the launcher, the scheduler
+[ "$1 $2" = "-m skipvit.train" ] || exec "{python}" "$@"
 exec "{python}" "{program}" "$@"
 """
 
-# MindSpore 2.0.0 loses a reply of its scheduler now and then (launch.start_dynamic), and tells of it in one of these
-# ways. Nothing has begun then.
+# MindSpore 2.0.0 loses a reply of its scheduler now and then (launch.numbers_ranks_by_registration), and tells of it in
+# one of these ways. Nothing has begun then.
 LOST_REPLY = re.compile(r"The state of the cluster is error|Failed to connect to the meta server|the scheduler ended")
 MORE_ATTEMPTS = 3 if launch.numbers_ranks_by_registration() else 0
 
@@ -97,18 +126,21 @@ class Job:
         *overrides: of the recipe.
         ranks: whose table.
         send: a signal for when rank 0 is held.
+        stop_grace: the setting, to wait less for a rank that hangs.
         **order: to the stand-in; without one the ranks run the training itself.
     """
 
-    def __init__(self, folder, *overrides, ranks=2, send=None, **order):
+    def __init__(self, folder, *overrides, ranks=2, send=None, stop_grace="30", **order):
         self.folder, self.overrides, self.ranks, self.send, self.order = folder, overrides, ranks, send, order
+        self.stop_grace = stop_grace
         self.start()
 
     def start(self):
         self.tag = str(uuid.uuid4())
         self.record = self.folder / "record" / self.tag
         self.record.mkdir(parents=True)
-        variables = {"DEVICE_TARGET": "CPU", "PYTHON": sys.executable, "RECORD": str(self.record), "TAG": self.tag}
+        variables = {"DEVICE_TARGET": "CPU", "STOP_GRACE": self.stop_grace, "RECORD": str(self.record), "TAG": self.tag}
+        variables |= {"PYTHON": sys.executable}
         if self.order:
             variables |= {"PYTHON": str(self.folder / "stand in"), "ORDER": json.dumps(self.order)}
         self.process = subprocess.Popen(
@@ -121,7 +153,7 @@ class Job:
         )
 
     def finish(self):
-        """The finished process, what each rank held then, and how long it took after one was killed."""
+        """The finished process, what each rank held then, and how long it took after one was killed or signalled."""
         ended = self.end()
         for _ in range(MORE_ATTEMPTS):
             if LOST_REPLY.search(ended.err):
@@ -138,6 +170,7 @@ class Job:
                     assert time.monotonic() < deadline
                     time.sleep(0.05)
                 self.process.send_signal(self.send)
+            sent_at = time.time()  # where there was one to send
             out, err = self.process.communicate(timeout=PATIENCE)
             ended_at = time.time()
             assert not self.left()
@@ -154,6 +187,7 @@ class Job:
             record=self.record,
             states=states,
             seconds_after_kill=ended_at - killed.stat().st_mtime if killed.exists() else None,
+            seconds_after_signal=ended_at - sent_at,
         )
 
     def left(self):
@@ -202,56 +236,141 @@ def assert_close(first, second):
         np.testing.assert_allclose(array, theirs[name], rtol=0, atol=5e-5 * largest, err_msg=name)
 
 
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    """A folder with images, recipe, rank tables and the stand-in."""
-    folder = tmp_path_factory.mktemp("a lab")
-    runs.write_images(folder / "some images/train", TRAIN_IMAGES, CLASSES)
-    runs.write_images(folder / "some images/val", VAL_IMAGES, CLASSES, seed=1)
-    runs.write_recipe(
-        folder / "the recipe.yaml",
-        data={"train": "some images/train", "val": "some images/val", "max_unreadable_share": 0.1},
-        # The gradients' norms are 1.2 to 2.6, so some are clipped and some are not: where all are, a sum in place of a
-        # mean changes nothing.
-        optim={"clip_norm": 1.7, "epsilon": 1e-3},
-    )
-    # Rank 1 is the first to meet it: in its share of the first step.
-    images = data.ImageFolder(folder / "some images/train")
-    order = data.keyed_generator(data.ORDER, 11, 0).permutation(len(images))
-    images.path(order[GLOBAL_BATCH - 1]).write_bytes(b"no image")
-    for ranks in (1, 2):
-        devices = [{"device_id": str(rank), "rank_id": str(rank)} for rank in range(ranks)]
-        server = {"server_id": "node_0", "host_nic_ip": "reserve", "device": devices}
-        table = {"version": "1.0", "server_count": "1", "server_list": [server], "status": "completed"}
-        (folder / f"{ranks} ranks.json").write_text(json.dumps(table))
-    (folder / "a program.py").write_text(RANK)
-    stand_in = folder / "stand in"
-    stand_in.write_text(STAND_IN.format(python=sys.executable, program=folder / "a program.py"))
-    stand_in.chmod(0o755)
-    return folder
+class Lab:
+    """A folder with images, recipe, rank tables and the stand-in, and the jobs that are run in it."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        runs.write_images(folder / "some images/train", TRAIN_IMAGES, CLASSES)
+        runs.write_images(folder / "some images/val", VAL_IMAGES, CLASSES, seed=1)
+        runs.write_recipe(
+            folder / "the recipe.yaml",
+            data={"train": "some images/train", "val": "some images/val", "max_unreadable_share": 0.1},
+            # The gradients' norms are 1.2 to 2.6, so some are clipped and some are not: where all are, a sum in place
+            # of a mean changes nothing.
+            optim={"clip_norm": 1.7, "epsilon": 1e-3},
+        )
+        # Rank 1 is the first to meet it: in its share of the first step.
+        images = data.ImageFolder(folder / "some images/train")
+        order = data.keyed_generator(data.ORDER, 11, 0).permutation(len(images))
+        images.path(order[GLOBAL_BATCH - 1]).write_bytes(b"no image")
+        for ranks in (1, 2):
+            devices = [{"device_id": str(rank), "rank_id": str(rank)} for rank in range(ranks)]
+            server = {"server_id": "node_0", "host_nic_ip": "reserve", "device": devices}
+            table = {"version": "1.0", "server_count": "1", "server_list": [server], "status": "completed"}
+            (folder / f"{ranks} ranks.json").write_text(json.dumps(table))
+        (folder / "a program.py").write_text(RANK)
+        stand_in = folder / "stand in"
+        stand_in.write_text(STAND_IN.format(python=sys.executable, program=folder / "a program.py"))
+        stand_in.chmod(0o755)
+        self.executor = ThreadPoolExecutor()
+        self.futures = {}
+
+    def result(self, name):
+        """What a scenario returned, when it has."""
+        return self.futures[name].result()
+
+    def job(self, output, *overrides, ranks=2, **order):
+        """The recipe with the seed of the whole run, resumed where it can be."""
+        overrides = (f"train.output={output}", f"data.batch_size={GLOBAL_BATCH // ranks}", "train.seed=11", *overrides)
+        return Job(self.folder, *overrides, ranks=ranks, **order).finish()
+
+    def step(self, output):
+        """Where its last checkpoint is."""
+        return checkpoint.load(self.folder / output / "last.ckpt").meta["step"]
+
+
+SCENARIOS = {}
+
+
+def scenario(work):
+    """A fixture that runs ``work`` once, beside the others."""
+    SCENARIOS[work.__name__] = work
+
+    def result(jobs):
+        return jobs.result(work.__name__)
+
+    return pytest.fixture(scope="module", name=work.__name__)(result)
 
 
 @pytest.fixture(scope="module")
-def whole(lab):
-    """Two ranks with seeds of their own, and one rank with all the images, at the same time."""
-    alone = subprocess.Popen(
-        runs.command("train", "the recipe.yaml", "train.seed=11", "data.batch_size=16", "train.output=one rank"),
-        cwd=lab,
-        env=runs.environment(DEVICE_TARGET="CPU"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+def jobs(request, tmp_path_factory):
+    made = Lab(tmp_path_factory.mktemp("a lab"))
+    wanted = {name for item in request.session.items if item.fspath == request.fspath for name in item.fixturenames}
+    for name in SCENARIOS:
+        if name in wanted:
+            made.futures[name] = made.executor.submit(SCENARIOS[name], made)
+    yield made
+    made.executor.shutdown(wait=True)
+
+
+@pytest.fixture
+def lab(jobs):
+    return jobs.folder
+
+
+@scenario
+def broken(jobs):
+    """One run with two breaks, one of them in the middle of an epoch; and what one rank makes of what was left then."""
+    terminated = jobs.job("broken", hold=2, send=signal.SIGTERM), jobs.step("broken")
+    killed = jobs.job("broken", "train.resume=auto", kill=[1, 5], stop_grace="3"), jobs.step("broken")
+    shutil.copytree(jobs.folder / "broken", jobs.folder / "alone")
+    alone = jobs.executor.submit(jobs.job, "alone", "train.resume=auto", ranks=1)
+    end = jobs.job("broken", "train.resume=auto", overrides=[[], []])
+    return SimpleNamespace(terminated=terminated, killed=killed, end=end, alone=alone.result())
+
+
+@scenario
+def one_rank(jobs):
+    """All the images of a step on one rank."""
+    ended = runs.run(
+        *("train", "the recipe.yaml", "train.seed=11", f"data.batch_size={GLOBAL_BATCH}", "train.output=one rank"),
+        cwd=jobs.folder,
+        DEVICE_TARGET="CPU",
     )
-    ended = Job(lab, f"data.global_batch_size={GLOBAL_BATCH}", "train.output=two ranks", overrides=SEEDS).finish()
-    said, _ = alone.communicate(timeout=PATIENCE)
-    assert (ended.code, alone.returncode) == (0, 0), ended.err + said
+    assert ended.returncode == 0, ended.stderr
+
+
+@scenario
+def whole(jobs):
+    """Two ranks with seeds of their own."""
+    overrides = (f"data.global_batch_size={GLOBAL_BATCH}", "train.output=two ranks")
+    ended = Job(jobs.folder, *overrides, overrides=SEEDS).finish()
+    assert ended.code == 0, ended.err
     return ended
+
+
+@scenario
+def interrupted(jobs):
+    """Ctrl-C in the middle of the first validation."""
+    return jobs.job("interrupted", hold="validation", send=signal.SIGINT), jobs.step("interrupted")
+
+
+@scenario
+def too_early(jobs):
+    """SIGTERM before the first step."""
+    return jobs.job("too early", hold="start", send=signal.SIGTERM)
+
+
+@scenario
+def refused(jobs):
+    """Bad input that only the ranks can see, while other jobs run; and whether it changed the folder of a run."""
+    indivisible = Job(jobs.folder, "data.global_batch_size=15", "train.output=none")
+    jobs.result("whole")
+    before = contents_but_logs(jobs.folder / "two ranks")
+    repeated = jobs.job("two ranks")
+    after = contents_but_logs(jobs.folder / "two ranks")
+    messages = {
+        "data.global_batch_size: 15 does not divide among 2 ranks": indivisible.finish(),
+        "train.output: two ranks already holds a run; train.resume=auto goes on with it": repeated,
+    }
+    return messages, before == after
 
 
 # --------------------------------------------------------------------------------------- two ranks are one training
 
 
-def test_two_ranks_train_as_one_with_twice_the_images(whole, lab):
+def test_two_ranks_train_as_one_with_twice_the_images(whole, one_rank, lab):
     assert_close(lab / "two ranks/last.ckpt", lab / "one rank/last.ckpt")
     ours, theirs = (step_lines(lab / folder)[0] for folder in ("two ranks", "one rank"))
     np.testing.assert_allclose([line["loss"] for line in ours], [line["loss"] for line in theirs], rtol=2e-5)
@@ -305,56 +424,33 @@ def test_the_log_says_what_depends_on_the_ranks(whole, lab):
 # ------------------------------------------------------------------------------------------------ broken and resumed
 
 
-@pytest.fixture(scope="module")
-def broken(lab, whole):
-    """One run with three breaks, two of them in the middle of an epoch: how each part ended, and with what step.
-
-    Other jobs go on beside it, on the same machine: two with bad input, and what one rank makes of the second part.
-    """
-    folder, common = lab / "broken", ("train.seed=11", "train.resume=auto")
-    before = contents_but_logs(lab / "two ranks")
-    refused = {
-        "train.output: two ranks already holds a run; train.resume=auto goes on with it": Job(
-            lab, "data.batch_size=8", "train.output=two ranks", "train.seed=11"
-        ),
-        "data.global_batch_size: 15 does not divide among 2 ranks": Job(
-            lab, "data.global_batch_size=15", "train.output=none"
-        ),
-    }
-
-    def part(**order):
-        ended = Job(lab, "data.batch_size=8", "train.output=broken", *common, **order).finish()
-        return ended, checkpoint.load(folder / "last.ckpt").meta["step"]
-
-    terminated = part(hold=2, send=signal.SIGTERM)
-    refused = {message: job.finish() for message, job in refused.items()}
-    after = contents_but_logs(lab / "two ranks")
-    killed = part(kill=[1, 5])
-    shutil.copytree(folder, lab / "alone")
-    alone = Job(lab, "data.batch_size=16", "train.output=alone", *common, ranks=1)
-    interrupted = part(hold=7, send=signal.SIGINT)
-    return SimpleNamespace(
-        SIGTERM=terminated,
-        killed=killed,
-        SIGINT=interrupted,
-        end=part(overrides=[[], []]),
-        alone=alone.finish(),
-        refused=refused,
-        left_as_it_was=before == after,
-    )
+@pytest.mark.slow
+def test_sigterm_to_the_script_ends_every_rank_after_the_same_step(broken):
+    assert_stopped(*broken.terminated, signal.SIGTERM, at=2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "code", "at"), [("SIGTERM", 143, 2), ("SIGINT", 130, 7)])
-def test_a_signal_to_the_script_ends_every_rank_after_the_same_step(broken, name, code, at):
-    """Whatever became of the signal in the ranks: MindSpore 2.10 makes SIGTERM of a Ctrl-C."""
-    ended, step = getattr(broken, name)
-    assert ended.code == code, ended.err
+def test_ctrl_c_breaks_a_validation_off(interrupted, lab):
+    assert_stopped(*interrupted, signal.SIGINT, at=STEPS_AN_EPOCH)
+    assert step_lines(lab / "interrupted")[1] == []
+
+
+def assert_stopped(ended, step, number, at):
+    assert ended.code == 128 + number, ended.err
     assert step == at
     assert [int(state["step"]) for state in ended.states] == [at, at]
-    assert ended.out.splitlines()[-1].endswith(f"after step {at}; resume with train.resume=auto")
+    name = number.name
+    assert ended.out.splitlines()[-1] == f"stopped by {name} after step {at}; resume with train.resume=auto"
     assert f"{name}: the ranks have 30 seconds to end" in ended.err
     assert "Traceback" not in ended.err
+
+
+@pytest.mark.slow
+def test_a_signal_before_the_first_step_ends_every_rank_unsaved(too_early, lab):
+    assert too_early.code == 128 + signal.SIGTERM, too_early.err
+    assert not list((lab / "too early").glob("*.ckpt"))
+    assert too_early.seconds_after_signal < 10
+    assert "Traceback" not in too_early.err
 
 
 @pytest.mark.slow
@@ -370,17 +466,16 @@ def test_a_killed_rank_brings_the_other_down(broken):
 
 
 @pytest.mark.slow
-def test_a_broken_run_ends_as_the_unbroken_one(broken, lab):
-    ended, step = broken.end
-    assert closing(ended)["steps"] == step == STEPS
+def test_a_broken_run_ends_as_the_unbroken_one(broken, whole, jobs, lab):
+    assert closing(broken.end)["steps"] == jobs.step("broken") == STEPS
     assert runs.differing(lab / "broken/last.ckpt", lab / "two ranks/last.ckpt") == []
     assert [line["step"] for line in step_lines(lab / "broken")[0]] == list(range(1, STEPS + 1))
     log = (lab / "broken/train.log").read_text()
-    assert [f"going on from broken/last.ckpt, step {at}/{STEPS}\n" in log for at in (2, 3, 7)] == [True] * 3
+    assert [f"going on from broken/last.ckpt, step {at}/{STEPS}\n" in log for at in (2, 3)] == [True] * 2
 
 
 @pytest.mark.slow
-def test_a_run_of_two_ranks_goes_on_with_one(broken, lab):
+def test_a_run_of_two_ranks_goes_on_with_one(broken, whole, lab):
     assert closing(broken.alone)["steps"] == STEPS
     assert f"step 3/{STEPS}, with 1 rank; the run had 2" in broken.alone.out
     assert_close(lab / "alone/last.ckpt", lab / "two ranks/last.ckpt")
@@ -388,13 +483,14 @@ def test_a_run_of_two_ranks_goes_on_with_one(broken, lab):
 
 
 @pytest.mark.slow
-def test_bad_input_is_one_line_and_changes_nothing(broken):
-    for message, ended in broken.refused.items():
+def test_bad_input_is_one_line_and_changes_nothing(refused):
+    messages, left_as_it_was = refused
+    for message, ended in messages.items():
         assert (ended.code, ended.out) == (2, ""), ended.err
         said, error = ended.err.splitlines()
         assert said.startswith("run_distribute_train: ranks 0, 1 of 2 on CPU")
         assert error.startswith(f"error: {message}")
-    assert broken.left_as_it_was
+    assert left_as_it_was
 
 
 # ----------------------------------------------------------------------------- what a moment decides, without processes

@@ -117,6 +117,13 @@ def one_server_with(device_ids):
     return apply
 
 
+def server_ids(first, second):
+    def apply(table):
+        server(table, 0)["server_id"], server(table, 1)["server_id"] = first, second
+
+    return apply
+
+
 def drop_second_half_of_second_server(table):
     del server(table, 1)["device"][4:]
 
@@ -149,6 +156,8 @@ FAULTS = [
     (change(server, server_id="node 0\n"), r'server 1 of server_list: server_id must be text.*not "node 0\\n"'),
     (change(server, server_id="10.0.0.256"), r"server 10\.0\.0\.256: server_id is not a well-formed address"),
     (change(server, server_id="10.0.0.2"), r"server 10\.0\.0\.2: this server_id is given twice"),
+    (server_ids("fd00::a", "FD00:0:0::A"), r"server FD00:0:0::A: this server_id is given twice"),
+    (server_ids("node_a", "NODE_A"), r"server NODE_A: this server_id is given twice"),
     (change(server, host_ip="10.0.0"), r'server 10\.0\.0\.1: host_ip "10\.0\.0" is not the address of one host'),
     (change(server, container_ip="0.0.0.0"), r"server 10\.0\.0\.1: container_ip .* is not the address"),
     (change(server, device=None), r"server 10\.0\.0\.1: device is missing"),
@@ -303,6 +312,13 @@ def test_both_templates_read_the_same(tmp_path):
     first = read_rank_table(write(tmp_path, table_of()))
     second = read_rank_table(write(tmp_path, group_table_of()))
     assert first.servers == second.servers
+
+
+def test_template_2_gathers_a_server_whose_address_is_written_in_two_ways(tmp_path):
+    table = group_table_of()
+    for number, entry in enumerate(group(table)["instance_list"][:8]):
+        entry["server_id"] = ("fd00::a", "FD00:0:0::A")[number % 2]
+    assert [len(found.devices) for found in read_rank_table(write(tmp_path, table)).servers] == [8, 8]
 
 
 def test_template_2_without_ranks_counts_in_order(tmp_path):

@@ -115,10 +115,9 @@ def scenario(work):
 def _restored(monkeypatch):
     """What a command run in this process sets."""
     monkeypatch.setattr(log, "_log_file", None)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 @pytest.fixture

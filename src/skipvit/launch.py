@@ -46,7 +46,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Callable, NoReturn
+from typing import Any, NoReturn
 
 import psutil
 
@@ -68,6 +68,7 @@ INHERITED_NO_MORE = (
     *("RANK_TABLE_FILE", "MINDSPORE_HCCL_CONFIG_PATH", "RANK_SIZE", "RANK_ID", "DEVICE_ID"),
     *("MS_ROLE", "MS_WORKER_NUM", "MS_NODE_ID", "MS_SCHED_HOST", "MS_SCHED_PORT"),
 )
+OF_ONE_RANK = ("MS_NODE_ID", "RANK_ID", "DEVICE_ID")
 LAUNCHERS = {"Ascend": ("classic", "dynamic", "msrun"), "CPU": ("dynamic", "msrun")}
 STOP_GRACE = {"Ascend": "120", "CPU": "30"}
 MSRUN_PORT = 8118  # msrun's default; servers of one job must agree on it without asking each other
@@ -173,6 +174,10 @@ def place_scheduler(table: RankTable, local: Sequence[Server], settings: Setting
     return Scheduler(host, _free_port(host, wanted) if here else wanted, here)
 
 
+def _without(environment: Mapping[str, str], names: Sequence[str]) -> dict[str, str]:
+    return {key: value for key, value in environment.items() if key not in names}
+
+
 def _resolved(name: str) -> str | None:
     try:
         return socket.gethostbyname(name)
@@ -213,7 +218,7 @@ def plan_ranks(
         cores: The cores this process may use; shared out in equal, neighbouring parts. With fewer cores than ranks
             every rank may use all.
     """
-    inherited = {key: value for key, value in environment.items() if key not in INHERITED_NO_MORE}
+    inherited = _without(environment, INHERITED_NO_MORE)
     defaults = {"PYTHONUNBUFFERED": "1"}  # lines must reach the log when they are printed
     common = {"DEVICE_TARGET": settings.device_target, "RANK_SIZE": str(table.rank_count)}
     if scheduler is None:
@@ -250,8 +255,8 @@ UNDER_MSRUN = "--under-msrun"
 MSRUN_PATIENCE = 60.0
 
 
-def given_by_msrun(plans: Sequence[RankPlan], scheduler: Scheduler) -> dict[str, dict[str, str]]:
-    """The environments that msrun gives to this server's ranks, by rank, and to a ``scheduler`` that belongs here.
+def given_by_msrun(plans: Sequence[RankPlan], scheduler: Scheduler) -> tuple[list[RankPlan], dict[str, str]]:
+    """The ranks of this server with the environments that msrun gives them, and that of a scheduler that belongs here.
 
     Of msrun's options the oldest are used, which releases before 2.10 should have too.
 
@@ -268,8 +273,8 @@ def given_by_msrun(plans: Sequence[RankPlan], scheduler: Scheduler) -> dict[str,
             f"server {first.server_id}: LAUNCHER=msrun numbers ranks server by server; "
             "this table needs LAUNCHER=dynamic"
         )
-    environment = {key: value for key, value in first.environment.items() if key not in INHERITED_NO_MORE}
-    environment["PATH"] = path  # msrun runs __file__ with the first python it finds there
+    # msrun runs __file__ with the first python that it finds.
+    environment = _without(first.environment, INHERITED_NO_MORE) | {"PATH": path}
     wanted = [str(plan.rank) for plan in plans] + ["scheduler"] * scheduler.here
     with tempfile.TemporaryDirectory() as folder:
         command = [
@@ -291,7 +296,10 @@ def given_by_msrun(plans: Sequence[RankPlan], scheduler: Scheduler) -> dict[str,
                     last = said.read().decode("utf-8", "replace").strip().split("\n")[-1]
                     raise UserError(f"LAUNCHER=msrun: {msrun} did not start every rank; its last line: {last}")
                 time.sleep(POLL_SECONDS)
-        return {name: json.loads(Path(folder, name).read_bytes()) for name in wanted}
+        given = {name: json.loads(Path(folder, name).read_bytes()) for name in wanted}
+    # But not its DEVICE_ID, which counts from 0 whatever the table says.
+    own = ({**given[str(plan.rank)], "DEVICE_ID": str(plan.device_id)} for plan in plans)
+    return [replace(plan, environment=whole) for plan, whole in zip(plans, own)], given.get("scheduler", {})
 
 
 def _under_msrun(folder: str) -> None:
@@ -453,11 +461,29 @@ def _say(line: str) -> None:
 POLL_SECONDS = 0.1
 # After a failure there is no next step to wait for, but a checkpoint that is being written may be finished.
 FAILURE_GRACE = 10.0
-# Bad input is met by every rank within moments: let them all say so, and the message is nobody's in particular. And a
-# scheduler may go before the ranks that are about to end; otherwise they would wait for it for ever.
-SETTLE_SECONDS = 10.0
+# Bad input is met by every rank within moments: let them all say so, and the message is nobody's in particular.
+BAD_INPUT_PATIENCE = 10.0
+# A scheduler ends when all ranks have left it, which then end too; if it goes before, they may wait for it for ever.
+SCHEDULER_PATIENCE = 30.0
 KILL_PATIENCE = 10.0
 BAD_INPUT = 2
+# MindSpore 2.0.0's scheduler says so when it is ready for a rank, and again whenever one has registered.
+READY_FOR_ANOTHER = re.compile(rb"Start server succ|The new node: \S+\(role: MS_WORKER\).* is registered successfully")
+
+
+def numbers_ranks_by_registration() -> bool:
+    """Whether MindSpore here is older than 2.3, the first release with msrun: its ranks start one by one.
+
+    2.0.0 numbers ranks in the order in which they register, whatever MS_NODE_ID says. Started together they also lost
+    replies of the scheduler in half of the trials there (2 ranks, 2 cores), one by one in 3 of 26, and in most on a
+    busy machine; init() then ends after 40 seconds with "The state of the cluster is error, total nodes num: 2,
+    abnormal nodes num: 1".
+    """
+    try:
+        major, minor = re.findall(r"[0-9]+", metadata.version("mindspore"))[:2]
+    except (metadata.PackageNotFoundError, ValueError):
+        return False
+    return (int(major), int(minor)) < (2, 3)
 
 
 class Supervisor:
@@ -475,6 +501,7 @@ class Supervisor:
         self.stop_grace = stop_grace
         self.ranks: list[Child] = []
         self.scheduler: Child | None = None
+        self._one_by_one = False
         self._signal: int | None = None
         self._odd_since: float | None = None
         # Once ranks were told to end: when they are killed, and which had failed of themselves by then.
@@ -497,12 +524,13 @@ class Supervisor:
 
     def start_scheduler(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
         """Start the process at which ranks meet."""
+        self._one_by_one = numbers_ranks_by_registration()
+        if self._one_by_one:
+            environment = {**environment, "GLOG_v": "1"}  # the level at which it says when it is ready
         self.scheduler = Child("the scheduler", command, environment, self.log_dir / "scheduler.log")
 
-    def run(
-        self, plans: Sequence[RankPlan], command: Sequence[str], may_start: Callable[[int], bool] = lambda _: True
-    ) -> int:
-        """Start the ranks in order, each when ``may_start(how many have started)``, and wait for them.
+    def run(self, plans: Sequence[RankPlan], command: Sequence[str]) -> int:
+        """Start the ranks in order and wait for them.
 
         Returns:
             0 when every rank ended well. After a failure the worst exit code of the ranks that failed of themselves,
@@ -516,7 +544,7 @@ class Supervisor:
                 waiting.clear()
                 if time.monotonic() > self._deadline:
                     break
-            elif waiting and may_start(len(self.ranks)):
+            elif waiting and self._may_start_another():
                 self._start_rank(waiting.popleft(), command)
             self._copy_output()
             for child in self._children():
@@ -526,6 +554,11 @@ class Supervisor:
         while sum(child.copy() for child in self._children()):
             pass
         return self._verdict(forced)
+
+    def _may_start_another(self) -> bool:
+        if not self._one_by_one or self.scheduler is None:
+            return True
+        return len(READY_FOR_ANOTHER.findall(self.scheduler.printed())) > len(self.ranks)
 
     def _start_rank(self, plan: RankPlan, command: Sequence[str]) -> None:
         name = f"rank {plan.rank} (server {plan.server_id}, device {plan.device_id})"
@@ -547,7 +580,8 @@ class Supervisor:
                 return
             self._odd_since = self._odd_since or now
             at_once = any(rank.exit_code != BAD_INPUT for rank in failed)
-            if not at_once and now < self._odd_since + min(SETTLE_SECONDS, self.stop_grace):
+            patience = BAD_INPUT_PATIENCE if failed else SCHEDULER_PATIENCE
+            if not at_once and now < self._odd_since + min(patience, self.stop_grace):
                 return
             grace = min(FAILURE_GRACE, self.stop_grace)
             self._failed = failed
@@ -629,8 +663,6 @@ SCHEDULER_PROGRAM = (
     "import mindspore; from mindspore.communication import init; "
     "mindspore.set_context(mode=mindspore.GRAPH_MODE, device_target='CPU'); init('mccl')"
 )
-# The scheduler of 2.0.0 is ready for a rank, and for another each time that one has registered.
-READY_FOR_ANOTHER = re.compile(rb"Start server succ|The new node: \S+\(role: MS_WORKER\).* is registered successfully")
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEFAULT_CONFIG = {"Ascend": "configs/imagenet/skipvit_small.yaml", "CPU": "configs/clutter/skipvit.yaml"}
@@ -692,51 +724,18 @@ def launch(rank_table: str | Path, program: Sequence[str], log_dir: Path) -> int
     scheduler = place_scheduler(table, local, settings)
     plans = plan_ranks(table, local, settings, scheduler, os.environ, sorted(os.sched_getaffinity(0)))
     with _only_one_in(log_dir), Supervisor(log_dir, settings.stop_grace) as supervisor:
+        of_scheduler = _without(plans[0].environment, OF_ONE_RANK) | {"MS_ROLE": "MS_SCHED"}
+        if scheduler is not None and settings.launcher == "msrun":
+            plans, of_scheduler = given_by_msrun(plans, scheduler)
         ranks = ", ".join(str(plan.rank) for plan in plans)
         meeting = f", scheduler {scheduler.host}:{scheduler.port}" if scheduler else ""
         _say(
             f"ranks {ranks} of {table.rank_count} on {settings.device_target}, "
             f"{settings.launcher} start{meeting}; logs in {log_dir}"
         )
-        command = [settings.python, *program]
-        if scheduler is None:
-            return supervisor.run(plans, command)
-        of_scheduler = {**plans[0].environment, "MS_ROLE": "MS_SCHED"}
-        for name in ("MS_NODE_ID", "RANK_ID", "DEVICE_ID"):
-            del of_scheduler[name]
-        if settings.launcher == "msrun":
-            given = given_by_msrun(plans, scheduler)
-            # But not its DEVICE_ID, which counts from 0 whatever the table says.
-            plans = [
-                replace(plan, environment={**given[str(plan.rank)], "DEVICE_ID": str(plan.device_id)}) for plan in plans
-            ]
-            of_scheduler = given.get("scheduler", {})
-        if not scheduler.here:
-            return supervisor.run(plans, command)
-        one_by_one = numbers_ranks_by_registration()
-        if one_by_one:
-            of_scheduler["GLOG_v"] = "1"  # the level at which it says so
-        supervisor.start_scheduler([settings.python, "-c", SCHEDULER_PROGRAM], of_scheduler)
-
-        def may_start(started: int) -> bool:
-            assert supervisor.scheduler is not None
-            return not one_by_one or len(READY_FOR_ANOTHER.findall(supervisor.scheduler.printed())) > started
-
-        return supervisor.run(plans, command, may_start)
-
-
-def numbers_ranks_by_registration() -> bool:
-    """Whether MindSpore here is older than 2.3, the first release with msrun: its ranks start one by one.
-
-    2.0.0 numbers ranks in the order in which they register, whatever MS_NODE_ID says. Started together they also lost
-    replies of the scheduler in half of the trials there (2 ranks, 2 cores), one by one in 2 of 18; init() then ends
-    after 40 seconds with "The state of the cluster is error, total nodes num: 2, abnormal nodes num: 1".
-    """
-    try:
-        major, minor = re.findall(r"[0-9]+", metadata.version("mindspore"))[:2]
-    except (metadata.PackageNotFoundError, ValueError):
-        return False
-    return (int(major), int(minor)) < (2, 3)
+        if scheduler is not None and scheduler.here:
+            supervisor.start_scheduler([settings.python, "-c", SCHEDULER_PROGRAM], of_scheduler)
+        return supervisor.run(plans, [settings.python, *program])
 
 
 @contextlib.contextmanager
