@@ -14,7 +14,6 @@ it stopped; what is done is in `results/study`, one JSON a run, and is not run a
 holds images and the runs' folders, whose checkpoints the verdict needs.
 """
 
-import argparse
 import dataclasses
 import datetime
 import json
@@ -682,9 +681,7 @@ def all_runs(question: Optional[str]) -> list[Run]:
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """See the module."""
-    parser = Parser(
-        prog="studies/accuracy.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="studies/accuracy.py", description=__doc__)
     parser.add_argument("command", choices=("prepare", "plan", "run", "time", "choose", "verdict", "tables"))
     parser.add_argument("setting", nargs="?", help=f"for choose: one of {', '.join(SETTINGS)}")
     parser.add_argument("--work", type=Path, help="folder of images and runs, outside the repository")
