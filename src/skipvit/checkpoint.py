@@ -17,6 +17,7 @@ from typing import Any, Optional, Union
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor
+from mindspore import dtype as mstype
 from PIL import Image
 
 from skipvit import runtime
@@ -244,17 +245,18 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def build_model(checkpoint: Checkpoint, skip: bool = True) -> VisionTransformer:
-    """The model of a checkpoint with the weights that are served, in float32.
+def build_model(checkpoint: Checkpoint, skip: bool = True, dtype=mstype.float32) -> VisionTransformer:
+    """The model of a checkpoint with the weights that are served.
 
     Args:
         checkpoint: read by `load`.
         skip: False runs the same weights on all tokens in every block.
+        dtype: of the matrix products.
 
     Raises:
         UserError: the weights are not those of the model that the configuration describes.
     """
-    net = VisionTransformer(checkpoint.config.model, checkpoint.config.skip if skip else ())
+    net = VisionTransformer(checkpoint.config.model, checkpoint.config.skip if skip else (), dtype)
     names = [parameter.name for parameter in net.get_parameters()]
     restore(net.get_parameters(), checkpoint.weights(names), checkpoint.path)
     return net

@@ -186,6 +186,14 @@ def cann_version() -> Optional[str]:
     return None
 
 
+def export_onnx(net, images: ms.Tensor, path: str) -> None:
+    """Write the graph that ``net`` is for ``images``, by MindSpore's own exporter."""
+    if hasattr(ms, "onnx"):
+        ms.onnx.export(net, images, file_name=path)
+    else:
+        ms.export(net, images, file_name=path, file_format="ONNX")
+
+
 def versions() -> dict[str, str]:
     """What a run or a measurement was made with."""
     return {

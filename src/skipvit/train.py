@@ -1,6 +1,14 @@
 """Train a model: checkpoint, validate, resume.
 
-Example: ``python -m skipvit.train configs/cifar10/skipvit.yaml data.train=cifar10/train data.val=cifar10/test``
+The run's folder (train.output) gets last.ckpt, previous.ckpt, best.ckpt, config.yaml, run.json, train.log, metrics.jsonl,
+and pictures: curves.png and, where tokens skip, tokens.png. Ctrl-C or SIGTERM ends the run with last.ckpt written;
+train.resume=auto goes on from it.
+
+The last line is JSON: top1 (percent), epochs, steps, images_per_second (over all ranks), checkpoint.
+
+Example:
+  python -m skipvit.train configs/cifar10/skipvit.yaml data.train=cifar10/train data.val=cifar10/test
+  python -m skipvit.train configs/clutter/skipvit.yaml train.epochs=2 train.output=runs/short
 """
 
 import dataclasses
@@ -19,7 +27,7 @@ import numpy as np
 from mindspore import Tensor, ops
 
 from skipvit import checkpoint, draw, runtime
-from skipvit.config import Config, UserError, load
+from skipvit.config import Config, UserError, describe_keys, load
 from skipvit.data import (
     Folders,
     TrainBatches,
@@ -42,7 +50,8 @@ PICTURED = 8  # validation images in a run's picture of tokens
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """The command; see ``--help``."""
-    parser = Parser(prog="python -m skipvit.train", description=__doc__)
+    keys = f"keys, their defaults and what they are:\n{describe_keys()}"
+    parser = Parser(prog="python -m skipvit.train", description=__doc__, epilog=keys)
     parser.add_argument("config", metavar="CONFIG", help="a recipe, such as configs/clutter/skipvit.yaml")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="override any key, such as train.epochs=10")
     arguments = parser.parse_args(argv)
@@ -125,7 +134,7 @@ class Trainer:
         if resumed is not None:
             checkpoint.restore(self.step.get_parameters(), resumed.arrays, resumed.path)
             self.step_count, self.best_top1 = resumed.meta["step"], resumed.meta["best_top1"]
-        self.log = RunLog(self.folder if process.rank == 0 else None, self.step_count)
+        self.log = RunLog(self.folder if process.rank == 0 else None, self.step_count, config.train.tensorboard)
         self.classify, self.refresh_weights = self.evaluation_model(net)
 
         for warning in warnings:
