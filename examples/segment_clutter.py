@@ -2,11 +2,11 @@
 
     python examples/segment_clutter.py runs/clutter/best.ckpt
 
-`forward_features` gives every patch's token in image order, also of the patches that skipped the middle blocks. A linear
-head is trained on the tokens of `clutter`'s training pictures, the network as it is, and tried on unseen pictures: on
-the patches that were kept and on those that skipped. Beside it, for comparison, the same head on what each patch was
-before the first block. Balanced accuracy is the mean of two shares, of object patches and of background patches that are
-told right: 50% for a head that knows nothing, whatever it answers. Last a line of JSON.
+`forward_features` gives every patch's token in image order, also of the patches that skipped the middle blocks. A
+linear head is trained on the tokens of `clutter`'s training pictures, the network as it is, and tried on unseen
+pictures: on the patches that were kept and on those that skipped. Beside it, for comparison, the same head on what each
+patch was before the first block. Balanced accuracy is the mean of two shares, of object patches and of background
+patches that are told right: 50% for a head that knows nothing, whatever it answers. Last a line of JSON.
 """
 
 import json
@@ -76,7 +76,8 @@ def main(checkpoint, pictures=1000, root=None):
     root = root or clutter.ensure()
     tokens = Tokens(skipvit.build_model(saved))
     train, val = (
-        look(tokens, saved.config, ImageFolder(root / part), root / "masks" / part, pictures) for part in ("train", "val")
+        look(tokens, saved.config, ImageFolder(root / part), root / "masks" / part, pictures)
+        for part in ("train", "val")
     )
     is_object, kept = val[2:]
     result = {}

@@ -2,17 +2,13 @@
 
 import re
 import shlex
-import shutil
 import subprocess
-import sys
-from pathlib import Path
 
 import mindspore as ms
 import numpy as np
 import pytest
 import reference
 import runs
-from PIL import Image
 
 from skipvit import clutter, convert, evaluate, export, log, predict, runtime, train, visualize
 
@@ -52,7 +48,14 @@ SMALL_RECIPE = {
 }
 SMALL_IMAGES = {"model.image_size=96": "model.image_size=24"}
 # The weights below are of a ViT-tiny of two blocks.
-SMALL_TUNING = ["model.depth=2", "model.image_size=32", "skip.start=1", "skip.end=2", "train.epochs=1", "data.batch_size=4"]
+SMALL_TUNING = [
+    "model.depth=2",
+    "model.image_size=32",
+    "skip.start=1",
+    "skip.end=2",
+    "train.epochs=1",
+    "data.batch_size=4",
+]
 
 
 def write_deit(path):
@@ -135,10 +138,10 @@ def test_the_mindcv_example(tmp_path, monkeypatch):
     assert len([line for line in example.splitlines() if line.strip()]) <= 12
     runs.write_images(tmp_path / "photos/train", 8, side=40)
     monkeypatch.chdir(tmp_path)
+    sizes = "image_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, skip={'start': 1, 'end': 2}"
     small = {
         "batch_size=32": "batch_size=4",
-        '"skipvit_small_patch16_224"': '"skipvit_tiny_patch16_224", image_size=16, patch_size=4, embed_dim=16, depth=2, '
-        "num_heads=2, skip={'start': 1, 'end': 2}",
+        '"skipvit_small_patch16_224"': f'"skipvit_tiny_patch16_224", {sizes}',
         "create_transforms(": "create_transforms(image_resize=16, ",
         ".train(10,": ".train(2,",
     }
@@ -169,7 +172,9 @@ def test_the_dense_head_learns_from_the_tokens(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(runs.ROOT / "examples"))
     import segment_clutter
 
-    data = clutter.ensure(clutter.ClutterConfig(classes=2, train_images_per_class=10, val_images_per_class=10), tmp_path)
+    data = clutter.ensure(
+        clutter.ClutterConfig(classes=2, train_images_per_class=10, val_images_per_class=10), tmp_path
+    )
     sizes = {"image_size": 64, "patch_size": 8, "embed_dim": 48, "num_heads": 3}
     runs.write_checkpoint(tmp_path / "best.ckpt", ["a", "b"], model=sizes)
     monkeypatch.setattr(segment_clutter, "BATCH_SIZE", 10)

@@ -1,8 +1,8 @@
 """Train a model: checkpoint, validate, resume.
 
-The run's folder (train.output) gets last.ckpt, previous.ckpt, best.ckpt, config.yaml, run.json, train.log, metrics.jsonl,
-and pictures: curves.png and, where tokens skip, tokens.png. Ctrl-C or SIGTERM ends the run with last.ckpt written;
-train.resume=auto goes on from it.
+The run's folder (train.output) gets last.ckpt, previous.ckpt, best.ckpt, config.yaml, run.json, train.log,
+metrics.jsonl, and pictures: curves.png and, where tokens skip, tokens.png. Ctrl-C or SIGTERM ends the run with
+last.ckpt written; train.resume=auto goes on from it.
 
 The last line is JSON: top1 (percent), epochs, steps, images_per_second (over all ranks), checkpoint.
 
@@ -361,12 +361,18 @@ class Trainer:
         unreadable = UnreadableCount(self.folders.train, self.config.data.max_unreadable_share)
         progress = Progress(self.log, last_step, self.step_count, train.log_every_steps)
         result = None
+        trace = Trace(train.profile, self.folder / "profile", self.step_count)
+        trace.before(self.step_count + sink_steps)
         clock.start()
         for _ in runtime.sinks(self.step, to_dataset(source), sink_steps):
             first = clock.sink_done(sink_steps)
             if first is not None:
                 self.log.say(f"first step, compilation included: {first:.1f} s")
             self.step_count += sink_steps
+            clock.pause()
+            if trace.after(self.step_count):
+                self.log.say(f"trace of steps {train.profile}: {trace.folder}")
+            clock.start()
             stopping = self.note_sink(progress, clock)
             found = runtime.union_over_ranks(source.unreadable(), len(self.folders.train), self.process.ranks)
             for path in unreadable.update(found):
@@ -381,6 +387,7 @@ class Trainer:
                 clock.start()
             if at_end or stopping:
                 break
+            trace.before(self.step_count + sink_steps)
         progress.close()
         return result
 
@@ -518,6 +525,35 @@ class Trainer:
             **runtime.versions(),
             "git_commit": git_commit(),
         }
+
+
+class Trace:
+    """``train.profile``: MindSpore's profiler, on in the sinks that hold the steps asked for.
+
+    Args:
+        steps: ``FIRST-LAST``, or None for no trace.
+        folder: where it is written.
+        done: steps already taken; a trace of none but these is not made.
+    """
+
+    def __init__(self, steps: Optional[str], folder: Path, done: int):
+        self.folder, self.running = folder, False
+        self.first, self.last = (int(step) for step in steps.split("-")) if steps else (0, 0)
+        self.profiler = runtime.StepTrace(folder) if self.last > done else None
+
+    def before(self, step: int) -> None:
+        """A sink that ends with ``step`` is about to begin."""
+        if self.profiler is not None and not self.running and step >= self.first:
+            self.profiler.start()
+            self.running = True
+
+    def after(self, step: int) -> bool:
+        """A sink has ended with ``step``; whether the trace is complete now."""
+        if self.profiler is None or not self.running or step < self.last:
+            return False
+        self.profiler.end()
+        self.profiler = None
+        return True
 
 
 class Clock:
