@@ -98,7 +98,7 @@ def save_last(folder: Path, parameters: Iterable[Parameter], meta: Mapping[str, 
 
 
 def load(path: Path) -> Checkpoint:
-    """Read a checkpoint and check all of it.
+    """Read the checkpoint at ``path`` and check all of it.
 
     Raises:
         UserError: missing, not a checkpoint of ours, truncated or altered.

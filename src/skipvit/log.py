@@ -99,7 +99,6 @@ class RunLog:
             part = "validation" if "top1" in record else "training"
             for name in record.keys() - {"step", "epoch"}:
                 self.events.add_scalar(f"{part}/{name}", record[name], record["step"])
-            self.events.flush()
 
 
 class Progress:
@@ -171,7 +170,8 @@ def _event_writer(folder: Path, step: int) -> Any:
             "train.tensorboard: needs the package tensorboardX, which is not installed; "
             "pip install --no-deps tensorboardX, or leave train.tensorboard out"
         ) from None
-    return SummaryWriter(str(folder), purge_step=step + 1)  # later events of a run that ended there are not shown
+    # Events of later steps, of a run that ended after this one was saved, will not be shown.
+    return SummaryWriter(str(folder), purge_step=step + 1, flush_secs=1)
 
 
 def _log_traceback() -> None:
