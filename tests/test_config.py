@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 import typing
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from skipvit.config import (
     TrainConfig,
     UserError,
     block_lengths,
+    describe_keys,
     flatten,
     from_dict,
     load,
@@ -378,6 +380,10 @@ def test_unknown_section_names_the_nearest(recipe):
         ("train.precision=fp61", "train.precision: 'fp61' is unknown; the nearest is fp16"),
         ("train.resume=yes", "train.resume: 'yes' is unknown; the nearest is"),
         ("train.jit_level=O3", "train.jit_level: 'O3' is unknown; the nearest is"),
+        ("train.profile=5", "train.profile: '5' is not FIRST-LAST, steps such as 11-20"),
+        ("train.profile=5-2", "train.profile: '5-2' is not FIRST-LAST"),
+        ("train.profile=0-2", "train.profile: '0-2' is not FIRST-LAST"),
+        ("train.tensorboard=yes", "train.tensorboard: 'yes' is not true or false"),
         ("train.output=", "train.output: None is not text"),
         ("train.output=a\0b", "train.output: 'a\\x00b' is not text"),
         ("train.epochs", "train.epochs: not of the form key=value, such as train.epochs=10"),
@@ -591,3 +597,17 @@ def test_any_bytes_give_a_config_or_one_line(tmp_path_factory, content):
 @given(st.dictionaries(names, plain, max_size=3))
 def test_any_plain_data_gives_a_config_or_one_line(raw):
     config_or_user_error(from_dict, raw)
+
+
+# ---------------------------------------------------------------------------------------------------- help
+
+
+def test_the_help_tells_each_key_its_default_and_what_it_is():
+    lines = describe_keys().splitlines()
+    assert [line.split()[0] for line in lines] == KEYS
+    by_key = {line.split()[0]: line for line in lines}
+    assert re.fullmatch(r"  model.image_size +224 +pixels a side", by_key["model.image_size"])
+    assert re.fullmatch(r"  optim.clip_norm +null +largest .*", by_key["optim.clip_norm"])
+    assert re.fullmatch(r"  data.worker_processes +false +workers .*", by_key["data.worker_processes"])
+    silent = [line for line in lines if len(line) < 40 and not line.split()[0].endswith(("name", "num_heads", "beta1"))]
+    assert len(silent) < 10, silent

@@ -1,6 +1,11 @@
 """The package's public names, and the models under mindcv's."""
 
+import inspect
 import re
+import shutil
+import subprocess
+import sys
+import zipfile
 
 import mindcv
 import numpy as np
@@ -20,6 +25,57 @@ def test_public_names():
     for name in skipvit.__all__:
         assert getattr(skipvit, name) is not None
     assert (skipvit.SkipConfig, skipvit.UserError) == (config.SkipConfig, config.UserError)
+
+
+@pytest.mark.parametrize("name", skipvit.__all__)
+def test_a_public_name_says_what_it_is(name):
+    thing = getattr(skipvit, name)
+    text = inspect.getdoc(thing)
+    assert text
+    assert len(text) > 30
+    if inspect.isfunction(thing):
+        assert "Raises:" in text
+        assert set(inspect.signature(thing).parameters) - {"overrides"} <= set(re.findall(r"\w+", text))
+    for member in ("forward_features", "kept_tokens") if name == "VisionTransformer" else ():
+        assert "(B, " in inspect.getdoc(getattr(thing, member))
+
+
+def test_importing_is_quick_and_silent():
+    """Beside what MindSpore itself takes; and nothing is imported that only some commands need."""
+    code = """
+import time
+import mindspore, mindspore.dataset
+started = time.process_time()
+import skipvit
+seconds = time.process_time() - started
+assert seconds < 1, seconds
+import sys
+strange = {"matplotlib", "tensorboardX", "onnx", "onnxruntime", "torch"} & sys.modules.keys()
+assert not strange, strange
+"""
+    ended = subprocess.run([sys.executable, "-c", code], env=runs.environment(), capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_all_that_is_needed(tmp_path):
+    pytest.importorskip("setuptools")
+    source = tmp_path / "source"
+    shutil.copytree(runs.ROOT / "src", source / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(runs.ROOT / name, source / name)
+    options = ["--no-deps", "--no-build-isolation", "--quiet", "--wheel-dir", str(tmp_path)]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(source)], check=True)
+    (wheel,) = tmp_path.glob("skipvit-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "installed")
+    packaged = {path.name for path in (tmp_path / "installed/skipvit").iterdir()}
+    assert packaged >= {path.name for path in (runs.ROOT / "src/skipvit").iterdir() if path.suffix in (".py", ".yaml")}
+    code = "import skipvit; print(skipvit.__file__); skipvit.create_model('vit_tiny_patch16_224', depth=1)"
+    environment = runs.environment(PYTHONPATH=str(tmp_path / "installed"))
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.strip() == str(tmp_path / "installed/skipvit/__init__.py")
 
 
 def test_the_version_is_the_packages():

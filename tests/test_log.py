@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import struct
 import subprocess
 import sys
 
@@ -154,6 +155,51 @@ def test_metrics_that_will_come_again_are_dropped(tmp_path):
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 5]
     log.RunLog(tmp_path)
     assert path.read_text() == ""
+
+
+def events_of(folder):
+    """What TensorBoard would read, by its format: records of length, checksum, protobuf, checksum."""
+    event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        content = path.read_bytes()
+        while content:
+            (length,) = struct.unpack("<Q", content[:8])
+            yield event_pb2.Event.FromString(content[12 : 12 + length])
+            content = content[16 + length :]
+
+
+def scalars_of(folder):
+    return [
+        (event.step, value.tag, pytest.approx(value.simple_value))
+        for event in events_of(folder)
+        for value in event.summary.value
+    ]
+
+
+def test_tensorboard_has_the_metrics(tmp_path):
+    pytest.importorskip("tensorboardX")
+    talk = log.RunLog(tmp_path, tensorboard=True)
+    talk.metrics({"step": 3, "epoch": 1, "loss": 0.5})
+    talk.metrics({"step": 4, "epoch": 1.0, "top1": 25.0})
+    talk.events.close()
+    assert scalars_of(tmp_path / "tensorboard") == [(3, "training/loss", 0.5), (4, "validation/top1", 25.0)]
+    assert next(events_of(tmp_path / "tensorboard")).file_version == "brain.Event:2"
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_what_a_resumed_run_takes_again_tensorboard_hides(tmp_path):
+    """From the step of a session's START event on, TensorBoard leaves out what files before it have."""
+    pytest.importorskip("tensorboardX")
+    log.RunLog(tmp_path, step=5, tensorboard=True).events.close()
+    starts = [event.step for event in events_of(tmp_path / "tensorboard") if event.HasField("session_log")]
+    assert starts == [6]
+
+
+def test_other_ranks_write_no_events(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    log.RunLog(None, tensorboard=True).metrics({"step": 1, "loss": 0.5})
+    with pytest.raises(UserError, match=r"train\.tensorboard: .*pip install --no-deps tensorboardX"):
+        log.RunLog(tmp_path, tensorboard=True)
 
 
 @pytest.mark.parametrize("rest", ['{"step": 3, "lo', "\0\0\0\0", '{"loss": 1}', "7", "[1]", '{"step": "3"}', "\xff"])

@@ -294,6 +294,13 @@ def diverged(lab):
 
 
 @scenario
+def profiled(lab):
+    """A trace of three steps, and TensorBoard's events."""
+    options = ["train.profile=3-5", "train.max_steps=7", "train.tensorboard=true"]
+    return lab.root / "profiled", lab.train("profiled", *options)
+
+
+@scenario
 def overfitted(lab):
     """Eight images, trained and validated on; the masks say that all of each image is object."""
     runs.write_images(lab.root / "eight", 8, classes=("a", "b", "c", "d"))
@@ -444,6 +451,19 @@ def test_every_line_of_the_metrics_is_json(lab, whole):
         for step in range(STEPS)
     ]
     assert [line["learning_rate"] for line in training] == pytest.approx(rates)
+
+
+@pytest.mark.slow
+def test_a_trace_of_the_steps_asked_for(profiled):
+    folder, ended = profiled
+    assert "trace of steps 3-5: profiled/profile\n" in ended.stdout
+    (table,) = folder.glob("profile/**/cpu_op_type_info_0.csv")
+    header, *rows = [line.split(",") for line in table.read_text().splitlines()]
+    of_adam = next(row for row in rows if row[0] == "Adam")
+    weights = 2 + 2 + 2 * 12 + 2 + 2  # of the model: so many updates a step
+    assert int(of_adam[header.index("type_occurrences")]) == 3 * weights
+    assert any("MatMul" in path.read_text() for path in folder.glob("profile/**/*.json")), "the trace itself"
+    assert [path.name.split(".")[:3] for path in (folder / "tensorboard").iterdir()] == [["events", "out", "tfevents"]]
 
 
 # ------------------------------------------------------------------------------------- from other weights

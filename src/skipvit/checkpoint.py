@@ -17,6 +17,7 @@ from typing import Any, Optional, Union
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor
+from mindspore import dtype as mstype
 from PIL import Image
 
 from skipvit import runtime
@@ -97,7 +98,7 @@ def save_last(folder: Path, parameters: Iterable[Parameter], meta: Mapping[str, 
 
 
 def load(path: Path) -> Checkpoint:
-    """Read a checkpoint and check all of it.
+    """Read the checkpoint at ``path`` and check all of it.
 
     Raises:
         UserError: missing, not a checkpoint of ours, truncated or altered.
@@ -248,17 +249,18 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def build_model(checkpoint: Checkpoint, skip: bool = True) -> VisionTransformer:
-    """The model of a checkpoint with the weights that are served, in float32.
+def build_model(checkpoint: Checkpoint, skip: bool = True, dtype=mstype.float32) -> VisionTransformer:
+    """The model of a checkpoint with the weights that are served.
 
     Args:
         checkpoint: read by `load`.
         skip: False runs the same weights on all tokens in every block.
+        dtype: of the matrix products.
 
     Raises:
         UserError: the weights are not those of the model that the configuration describes.
     """
-    net = VisionTransformer(checkpoint.config.model, checkpoint.config.skip if skip else ())
+    net = VisionTransformer(checkpoint.config.model, checkpoint.config.skip if skip else (), dtype)
     weights = checkpoint.weights(parameter.name for parameter in net.get_parameters())
     if checkpoint.meta["config"].get("phases"):  # a phase before the last may have had other images
         weights = fit_positions(weights, net.num_patches)

@@ -9,6 +9,8 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import inspect
+import json
 import math
 import re
 import reprlib
@@ -52,6 +54,8 @@ FREE_ON_RESUME = frozenset(
         "train.validate_every_epochs",
         "train.log_every_steps",
         "train.jit_level",
+        "train.tensorboard",
+        "train.profile",
     }
 )
 MAX_FILE_BYTES = 1 << 20
@@ -96,10 +100,10 @@ class ModelConfig:
     num_classes: Optional[int] = None  # None: as many as the training folder has
     image_size: int = 224  # pixels a side
     patch_size: int = 16  # pixels a side
-    embed_dim: int = 384
-    depth: int = 12
+    embed_dim: int = 384  # width of a token
+    depth: int = 12  # blocks
     num_heads: int = 6
-    mlp_ratio: float = 4.0
+    mlp_ratio: float = 4.0  # the MLP's hidden width over embed_dim
     dropout: float = 0.0  # share of token values zeroed after the embedding, each projection and each MLP layer
     drop_path: float = 0.0  # share of samples whose residual branch is left out in the last block; linear from 0
     gelu: str = "exact"  # exact (erf, as timm), or the cheaper tanh and sigmoid forms
@@ -252,12 +256,12 @@ class DataConfig:
     train_masks: Optional[str] = None  # the same for train; needed by `score: mask` alone
     batch_size: int = 64  # images a rank and step
     global_batch_size: Optional[int] = None  # images a step over all ranks; given instead of batch_size
-    num_workers: int = 2
+    num_workers: int = 2  # threads or processes that prepare images, a rank
     worker_processes: bool = False  # workers as processes instead of threads
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of each channel, images in 0..1 (ImageNet's)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)  # the same of the deviation
     val_crop_ratio: float = 0.875  # share of the resized image's side that the central crop takes
-    interpolation: str = "bicubic"
+    interpolation: str = "bicubic"  # or bilinear
     max_unreadable_share: float = 0.01  # training stops when more of the images than this cannot be read
 
     def __post_init__(self) -> None:
@@ -292,7 +296,7 @@ class AugmentConfig:
     mixup: float = 0.0  # alpha of mixup's beta distribution; 0: off
     cutmix: float = 0.0  # alpha of cutmix's; 0: off
     mix_probability: float = 1.0  # that a batch is mixed at all, where mixup or cutmix is on
-    label_smoothing: float = 0.0
+    label_smoothing: float = 0.0  # share of a target that is spread over all classes
     repeats: int = 1  # repeated augmentation: an image's appearances in a batch sequence (DeiT: 3); 1: off
 
     def __post_init__(self) -> None:
@@ -320,7 +324,7 @@ class OptimConfig:
 
     learning_rate: float = 1e-3  # at the peak
     reference_batch_size: Optional[int] = None  # given: the rate is scaled by (images an update) / this
-    warmup_epochs: float = 5.0
+    warmup_epochs: float = 5.0  # of linear growth
     warmup_learning_rate: float = 1e-6  # at step 0
     min_learning_rate: float = 1e-5  # at the end of the cosine
     weight_decay: float = 0.05  # not on norms, biases, CLS token and position embedding
@@ -358,15 +362,17 @@ class TrainConfig:
     epochs: int = 300  # the schedule spans them
     stop_after_epochs: Optional[int] = None  # stop earlier, schedule unchanged
     max_steps: Optional[int] = None  # the same in steps
-    seed: int = 0
+    seed: int = 0  # of the weights, the order and the augmentation
     precision: str = "auto"  # fp32, fp16 with dynamic loss scaling; auto: fp16 on Ascend, fp32 on CPU
     output: str = "runs/default"  # the run's folder
     resume: str = "no"  # auto: go on from `last` where there is one; no: refuse a folder that has one
     init_from: Optional[str] = None  # a checkpoint to take the initial weights from, converted ones too: fine-tuning
     validate_every_epochs: int = 1  # and always at the end
-    log_every_steps: int = 50
+    log_every_steps: int = 50  # a line without a terminal's bar
     sink_steps: Optional[int] = None  # steps between two looks at the device; None: 100 on Ascend, 1 on CPU
     jit_level: Optional[str] = None  # O0, O1, O2; None: the release's own choice
+    tensorboard: bool = False  # also write event files for TensorBoard; needs tensorboardX
+    profile: Optional[str] = None  # FIRST-LAST: MindSpore's trace of these steps, counted from 1 as the log does
 
     def __post_init__(self) -> None:
         for name in ("epochs", "validate_every_epochs", "log_every_steps"):
@@ -374,6 +380,10 @@ class TrainConfig:
         for name in ("stop_after_epochs", "max_steps", "sink_steps"):
             if getattr(self, name) is not None:
                 _at_least(f"train.{name}", getattr(self, name), 1)
+        if self.profile is not None:
+            first, _, last = self.profile.partition("-")
+            if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+                raise UserError(f"train.profile: {_short(self.profile)} is not FIRST-LAST, steps such as 11-20")
         _within("train.seed", self.seed, 0, 2**31 - 1, "[0, 2147483647]")
         _one_of("train.precision", self.precision, PRECISIONS)
         _one_of("train.resume", self.resume, ("no", "auto"))
@@ -593,6 +603,17 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
+
+
+def describe_keys() -> str:
+    """Each key with its default and what it is, as the dataclasses above say it: for ``--help``."""
+    lines = []
+    for section, cls in SECTIONS.items():
+        meanings = dict(re.findall(r"^    (\w+): .* = .*  # (.+)$", inspect.getsource(cls), flags=re.MULTILINE))
+        for item in dataclasses.fields(cls):
+            default = json.dumps(item.default).strip('"')
+            lines.append(f"  {section}.{item.name:{31 - len(section)}} {default:21} {meanings.get(item.name, '')}")
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:

@@ -319,12 +319,17 @@ def _why_unreadable(*paths: Path) -> str:
 # ------------------------------------------------------------------------------------------------- one image
 
 
+def shorter_side(size: int, crop_ratio: float) -> int:
+    """What evaluation resizes an image's shorter side to, in pixels, for a crop of ``size``; rounded as timm does."""
+    return max(size, math.floor(size / crop_ratio))
+
+
 def resize_and_crop(image: Image.Image, size: int, crop_ratio: float, resample: Inter) -> Image.Image:
     """Evaluation's geometry: the shorter side to ``size / crop_ratio``, then the central ``size``×``size``.
 
     Rounding is that of timm and of torchvision's Resize and CenterCrop: published weights meet the pixels they expect.
     """
-    shorter = max(size, math.floor(size / crop_ratio))
+    shorter = shorter_side(size, crop_ratio)
     width, height = image.size
     if width <= height:
         wanted = (shorter, max(shorter, int(shorter * height / width)))

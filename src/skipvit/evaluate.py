@@ -1,6 +1,13 @@
 """Top-1 and Top-5 of a checkpoint over an image folder, every image counted once.
 
-Example: ``python -m skipvit.evaluate runs/cifar10/best.ckpt --data cifar10/test``
+Labels go by the class folders' names, which must be among the checkpoint's. With masks of the objects also the share of
+the objects' patches that the first span kept, and what a random choice would keep.
+
+The last line is JSON: top1, top5 (percent), images, images_per_second.
+
+Example:
+  python -m skipvit.evaluate runs/cifar10/best.ckpt --data cifar10/test
+  python -m skipvit.evaluate runs/cifar10/best.ckpt --data cifar10/test --no-skip
 """
 
 import json

@@ -73,14 +73,16 @@ class RunLog:
     Args:
         folder: the run's; None writes nothing (ranks other than 0).
         step: resumed from here: metrics of later steps, which will come again, are taken out.
+        tensorboard: write the metrics for TensorBoard too, below ``tensorboard/``.
     """
 
-    def __init__(self, folder: Optional[Path], step: int = 0):
+    def __init__(self, folder: Optional[Path], step: int = 0, tensorboard: bool = False):
         global _log_file
-        self.folder = folder
+        self.folder, self.events = folder, None
         if folder is not None:
             _log_file = folder / "train.log"
             _drop_metrics_after(folder, step)
+            self.events = _event_writer(folder / "tensorboard", step) if tensorboard else None
 
     def say(self, message: str) -> None:
         """One line for people."""
@@ -93,6 +95,10 @@ class RunLog:
         """One line for programs."""
         if self.folder is not None:
             _append(self.folder / METRICS, json.dumps(record) + "\n")
+        if self.events is not None:
+            part = "validation" if "top1" in record else "training"
+            for name in record.keys() - {"step", "epoch"}:
+                self.events.add_scalar(f"{part}/{name}", record[name], record["step"])
 
 
 class Progress:
@@ -153,6 +159,19 @@ def git_commit() -> Optional[str]:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return described.stdout.strip() or None
+
+
+def _event_writer(folder: Path, step: int) -> Any:
+    """TensorBoard's; MindSpore's own SummaryRecord writes another format."""
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise UserError(
+            "train.tensorboard: needs the package tensorboardX, which is not installed; "
+            "pip install --no-deps tensorboardX, or leave train.tensorboard out"
+        ) from None
+    # Events of later steps, of a run that ended after this one was saved, will not be shown.
+    return SummaryWriter(str(folder), purge_step=step + 1, flush_secs=1)
 
 
 def _log_traceback() -> None:

@@ -3,6 +3,7 @@
 The only file that knows Ascend from CPU and one release from another (2.0.0 and 2.10.0 bracket those a 910A runs).
 """
 
+import contextlib
 import functools
 import logging
 import os
@@ -153,15 +154,22 @@ def from_rank_0(number: int, process: Process) -> int:
     return int(high) * 2**16 + int(low)
 
 
-def load_checkpoint(path: str):
-    """``mindspore.load_checkpoint`` without its own complaint on the terminal; a bad file raises some exception."""
-    logger = logging.getLogger("ME")  # MindSpore's
+@contextlib.contextmanager
+def _without_log() -> Iterator[None]:
+    """Without what MindSpore's Python part would say on the terminal meanwhile."""
+    logger = logging.getLogger("ME")
     level = logger.level
     logger.setLevel(logging.CRITICAL + 1)
     try:
-        return ms.load_checkpoint(path)
+        yield
     finally:
         logger.setLevel(level)
+
+
+def load_checkpoint(path: str):
+    """``mindspore.load_checkpoint`` without its own complaint on the terminal; a bad file raises some exception."""
+    with _without_log():
+        return ms.load_checkpoint(path)
 
 
 def wait_for(output: ms.Tensor) -> None:
@@ -184,6 +192,32 @@ def cann_version() -> Optional[str]:
         if found:
             return found.group(0)
     return None
+
+
+class StepTrace:
+    """MindSpore's profiler over some steps; what it finds is written below ``folder`` when it ends."""
+
+    def __init__(self, folder: Path):
+        """To be made before the first step."""
+        with _without_log():  # the newer releases would have it called another name
+            self.profiler = ms.Profiler(output_path=str(folder.absolute()), start_profile=False)
+
+    def start(self) -> None:
+        """From here on steps are looked at."""
+        self.profiler.start()
+
+    def end(self) -> None:
+        """Write what was found."""
+        with _without_log():
+            if hasattr(ms, "set_device") or ms.get_context("device_target") != "CPU":
+                self.profiler.stop()  # on CPU the older releases fail there, and analyse stops it
+            self.profiler.analyse()
+
+
+def export_onnx(net, images: ms.Tensor, path: str) -> None:
+    """Write the graph that ``net`` is for ``images``, by MindSpore's own exporter."""
+    with _without_log():  # the newer releases would have it called another name, which the older do not have
+        ms.export(net, images, file_name=path, file_format="ONNX")
 
 
 def versions() -> dict[str, str]:

@@ -1,6 +1,14 @@
 """Train a model: checkpoint, validate, resume.
 
-Example: ``python -m skipvit.train configs/cifar10/skipvit.yaml data.train=cifar10/train data.val=cifar10/test``
+The run's folder (train.output) gets last.ckpt, previous.ckpt, best.ckpt, config.yaml, run.json, train.log,
+metrics.jsonl, and pictures: curves.png and, where tokens skip, tokens.png. Ctrl-C or SIGTERM ends the run with
+last.ckpt written; train.resume=auto goes on from it.
+
+The last line is JSON: top1 (percent), epochs, steps, images_per_second (over all ranks), checkpoint.
+
+Example:
+  python -m skipvit.train configs/cifar10/skipvit.yaml data.train=cifar10/train data.val=cifar10/test
+  python -m skipvit.train configs/clutter/skipvit.yaml train.epochs=2 train.output=runs/short
 """
 
 import dataclasses
@@ -20,7 +28,7 @@ import numpy as np
 from mindspore import Tensor, ops
 
 from skipvit import checkpoint, draw, runtime
-from skipvit.config import Config, UserError, from_dict, load, span_shapes
+from skipvit.config import Config, UserError, describe_keys, from_dict, load, span_shapes
 from skipvit.data import (
     Folders,
     TrainBatches,
@@ -43,7 +51,8 @@ PICTURED = 8  # validation images in a run's picture of tokens
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """The command; see ``--help``."""
-    parser = Parser(prog="python -m skipvit.train", description=__doc__)
+    keys = f"keys, their defaults and what they are:\n{describe_keys()}"
+    parser = Parser(prog="python -m skipvit.train", description=__doc__, epilog=keys)
     parser.add_argument("config", metavar="CONFIG", help="a recipe, such as configs/clutter/skipvit.yaml")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="override any key, such as train.epochs=10")
     arguments = parser.parse_args(argv)
@@ -139,7 +148,7 @@ class Trainer:
         self.step = self.phase_step(resumed.arrays if resumed is not None else None, self.folder)
         if resumed is not None:
             self.step_count, self.best_top1 = resumed.meta["step"], resumed.meta["best_top1"]
-        self.log = RunLog(self.folder if process.rank == 0 else None, self.step_count)
+        self.log = RunLog(self.folder if process.rank == 0 else None, self.step_count, config.train.tensorboard)
         self.classify, self.refresh_weights = self.evaluation_model()
 
         for warning in warnings:
@@ -388,6 +397,7 @@ class Trainer:
         """The steps up to ``last_step``, phase by phase; the last validation's result."""
         unreadable = UnreadableCount(self.folders.train, self.config.data.max_unreadable_share)
         progress = Progress(self.log, last_step, self.step_count, self.config.train.log_every_steps)
+        trace = Trace(self.config.train.profile, self.folder / "profile", self.step_count)
         result = None
         while self.step_count < last_step and self.stop.agreed is None:
             phase = self.phase_at(self.step_count)
@@ -396,12 +406,12 @@ class Trainer:
                 state = {parameter.name: parameter.asnumpy() for parameter in self.step.get_parameters()}
                 self.step = self.phase_step(state, self.folder)
                 self.log.say(self.describe_phase(phase))
-            result = self.train_phase(last_step, clock, progress, unreadable)
+            result = self.train_phase(last_step, clock, progress, unreadable, trace)
         progress.close()
         return result
 
     def train_phase(
-        self, last_step: int, clock: "Clock", progress: Progress, unreadable: UnreadableCount
+        self, last_step: int, clock: "Clock", progress: Progress, unreadable: UnreadableCount, trace: "Trace"
     ) -> Optional[Result]:
         """The steps to the phase's end or ``last_step``, with validation and checkpoints at the epochs' ends."""
         train = self.config.train
@@ -421,6 +431,7 @@ class Trainer:
         )
         sink_steps = largest_divisor(math.gcd(self.steps_per_epoch, self.step_count, last_step), train.sink_steps or 1)
         result = None
+        trace.before(self.step_count + sink_steps)
         clock.start_compiling()
         for _ in runtime.sinks(self.step, to_dataset(source), sink_steps):
             self.stop.can_be_awaited = True
@@ -428,6 +439,10 @@ class Trainer:
             if first is not None:
                 self.log.say(f"first step, compilation included: {first:.1f} s")
             self.step_count += sink_steps
+            clock.pause()
+            if trace.after(self.step_count):
+                self.log.say(f"trace of steps {train.profile}: {trace.folder}")
+            clock.start()
             stopping = self.note_sink(progress, clock)
             found = runtime.union_over_ranks(source.unreadable(), len(self.folders.train), self.process.ranks)
             for path in unreadable.update(found):
@@ -446,6 +461,7 @@ class Trainer:
                 clock.start()
             if at_end or stopping or self.step_count == end * self.steps_per_epoch:
                 break
+            trace.before(self.step_count + sink_steps)
         return result
 
     def step_columns(self) -> list[tuple[str, Callable[[int], np.ndarray]]]:
@@ -588,6 +604,35 @@ class Trainer:
             **runtime.versions(),
             "git_commit": git_commit(),
         }
+
+
+class Trace:
+    """``train.profile``: MindSpore's profiler, on in the sinks that hold the steps asked for.
+
+    Args:
+        steps: ``FIRST-LAST``, or None for no trace.
+        folder: where it is written.
+        done: steps already taken; a trace of none but these is not made.
+    """
+
+    def __init__(self, steps: Optional[str], folder: Path, done: int):
+        self.folder, self.running = folder, False
+        self.first, self.last = (int(step) for step in steps.split("-")) if steps else (0, 0)
+        self.profiler = runtime.StepTrace(folder) if self.last > done else None
+
+    def before(self, step: int) -> None:
+        """A sink that ends with ``step`` is about to begin."""
+        if self.profiler is not None and not self.running and step >= self.first:
+            self.profiler.start()
+            self.running = True
+
+    def after(self, step: int) -> bool:
+        """A sink has ended with ``step``; whether the trace is complete now."""
+        if self.profiler is None or not self.running or step < self.last:
+            return False
+        self.profiler.end()
+        self.profiler = None
+        return True
 
 
 class Clock:
