@@ -609,9 +609,9 @@ def describe_keys() -> str:
     """Each key with its default and what it is, as the dataclasses above say it: for ``--help``."""
     lines = []
     for section, cls in SECTIONS.items():
-        meanings = dict(re.findall(r"^    (\w+): .* = .*  # (.+)$", inspect.getsource(cls), flags=re.MULTILINE))
+        meanings = dict(re.findall(r"^    (\w+): .*  # (.+)$", inspect.getsource(cls), flags=re.MULTILINE))
         for item in dataclasses.fields(cls):
-            default = json.dumps(item.default).strip('"')
+            default = "required" if item.default is dataclasses.MISSING else json.dumps(item.default).strip('"')
             lines.append(f"  {section}.{item.name:{31 - len(section)}} {default:21} {meanings.get(item.name, '')}")
     return "\n".join(line.rstrip() for line in lines)
 
