@@ -23,7 +23,7 @@ from skipvit.config import (
     skip_spans,
     span_shapes,
 )
-from skipvit.kernels import ExactGelu, affine_kernel, attention_kernel, layer_norm_kernel
+from skipvit.kernels import SQRT_HALF, ExactGelu, affine_kernel, attention_kernel, layer_norm_kernel
 from skipvit.runtime import sort_dtype
 
 
@@ -65,21 +65,27 @@ class LayerNorm(nn.Cell):
         return self.normalize(x, self.weight, self.bias)
 
 
+GELU_FACTORS = {"exact": (SQRT_HALF, SQRT_HALF), "sigmoid": (1.702, 1 / 1.702), "tanh": (1.0, 0.5)}
+
+
 class Gelu(nn.Cell):
-    """GELU (arXiv 1606.08415): exact, or one of its two approximations."""
+    """GELU (arXiv 1606.08415), exact or one of its two approximations, but for two factors.
+
+    With ``f, g = GELU_FACTORS[form]``, ``gelu(x)`` is ``g`` times this of ``f * x``.
+    """
 
     def __init__(self, form):
         super().__init__()
         self.form = form
         self.exact = ExactGelu()
 
-    def construct(self, x):
-        """Elementwise."""
+    def construct(self, u):
+        """``(...)`` to ``(...)``."""
         if self.form == "sigmoid":
-            return x * ops.sigmoid(1.702 * x)
+            return u * ops.sigmoid(u)
         if self.form == "tanh":
-            return 0.5 * x * (1.0 + ops.tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
-        return self.exact(x)
+            return u * (1.0 + ops.tanh(0.7978845608028654 * (u + 0.044715 * u * u * u)))
+        return self.exact(u)
 
 
 def _fraction(x):
@@ -149,15 +155,18 @@ class Mlp(nn.Cell):
         super().__init__()
         self.fc1 = Linear(config.embed_dim, config.mlp_dim, dtype)
         self.act = Gelu(config.gelu)
+        # GELU's factors are taken into the weights: far fewer numbers than the tokens.
+        self.factor_in, self.factor_out = GELU_FACTORS[config.gelu]
         self.fc2 = Linear(config.mlp_dim, config.embed_dim, dtype)
         self.dropout = config.dropout
 
     def construct(self, x, seed=None):
         """``seed`` is given in training with dropout."""
-        hidden = self.act(self.fc1(x))
+        fc1, fc2 = self.fc1, self.fc2
+        hidden = self.act(fc1.project(x, fc1.weight * self.factor_in, fc1.bias * self.factor_in))
         if seed is not None:
             hidden = dropout(hidden, self.dropout, seed)
-        return self.fc2(hidden)
+        return fc2.project(hidden, fc2.weight * self.factor_out, fc2.bias)
 
 
 class Block(nn.Cell):
