@@ -12,8 +12,8 @@ set -euo pipefail
 help_where_asked "$@"
 
 choose_python requirements-dev.txt
-"$PYTHON" -c 'import hypothesis, pytest, scipy' 2>/dev/null ||
-  fail "$PYTHON lacks pytest, hypothesis or scipy; requirements-dev.txt has the versions"
+"$PYTHON" -c 'import hypothesis, pytest, scipy, xdist' 2>/dev/null ||
+  fail "$PYTHON lacks pytest, pytest-xdist, hypothesis or scipy; requirements-dev.txt has the versions"
 PATH=$(dirname "$PYTHON"):$PATH
 cd "$here"
 
@@ -42,7 +42,8 @@ lint ruff-check ruff check .
 lint ruff-format ruff format --check .
 lint mypy mypy
 lint shellcheck shellcheck ./*.sh .ci/run
-check pytest "$PYTHON" -m pytest "$@"
+# A file's tests stay together, since they share what was trained once.
+check pytest "$PYTHON" -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile "$@"
 
 echo "on $("$PYTHON" -c 'import mindspore, sys; print(f"MindSpore {mindspore.__version__}, Python {sys.version.split()[0]}")' 2>/dev/null)"
 echo "passed:$passed"
