@@ -204,7 +204,8 @@ def test_shares_of_the_cores(tmp_path):
     assert [plan.cores for plan in many] == [(2, 3, 4, 5), (6, 7, 8, 9, 10), (11, 12, 13, 14, 15), (16, 17, 18, 19, 20)]
     assert [plan.environment["OMP_NUM_THREADS"] for plan in many] == ["4", "5", "5", "5"]
     few = plans_for(tmp_path, {}, [0, 1, 2])
-    assert {plan.cores for plan in few if len(plan.cores) > 1} == {(0, 1, 2)}
+    assert {plan.cores for plan in few} == {(0, 1, 2)}
+    assert {plan.environment["OMP_NUM_THREADS"] for plan in few} == {"1"}
     own = plans_for(tmp_path, {"OMP_NUM_THREADS": "3"}, list(range(8)))
     assert {plan.environment["OMP_NUM_THREADS"] for plan in own} == {"3"}
 

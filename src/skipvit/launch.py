@@ -237,13 +237,14 @@ def plan_ranks(
     members = sorted((device.rank, device.device_id, server) for server in local for device in server.devices)
     plans = []
     for place, (rank, device_id, server) in enumerate(members):
-        share = tuple(cores[place * len(cores) // len(members) : (place + 1) * len(cores) // len(members)])
+        share = cores[place * len(cores) // len(members) : (place + 1) * len(cores) // len(members)]
+        allowed = share if len(cores) >= len(members) else cores
         own = {"RANK_ID": str(rank), "DEVICE_ID": str(device_id)}
         if scheduler is not None:
             own["MS_NODE_ID"] = str(rank)
         threads = {"OMP_NUM_THREADS": str(max(1, len(share)))}
         whole = defaults | threads | inherited | common | own
-        plans.append(RankPlan(rank, device_id, server.server_id, share or tuple(cores), whole))
+        plans.append(RankPlan(rank, device_id, server.server_id, tuple(allowed), whole))
     return plans
 
 
