@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -24,7 +25,7 @@ import pytest
 import runs
 from mindspore import Parameter, Tensor
 
-from skipvit import checkpoint, config, data, evaluate, launch, runtime, train
+from skipvit import checkpoint, clutter, config, data, evaluate, launch, runtime, train
 from skipvit.config import UserError
 from skipvit.runtime import Process
 
@@ -367,7 +368,50 @@ def refused(jobs):
     return messages, before == after
 
 
+@scenario
+def readme(jobs):
+    """The README's commands, word for word, in a clone with a space in its path; on less data, with a smaller model."""
+    clone = jobs.folder / "a clone"
+    clone.mkdir()
+    for name in ("run_distribute_train.sh", "run_setup.sh", "configs", "src"):
+        (clone / name).symlink_to(runs.ROOT / name)
+    images = clutter.ensure(clutter.ClutterConfig(train_images_per_class=13, val_images_per_class=2), clone)
+    small = ["data.batch_size=32", "model.embed_dim=12", "model.depth=3", "skip.start=1", "skip.end=2"]
+    small += [f"data.{key}={shlex.quote(str(images / key))}" for key in ("train", "val", "masks")]
+    small[-1] += "/val"
+    commands, shown = re.search(
+        r"```bash\n(cat >rank_table.json.*?)\n```\n\n```text\n(.*?)```",
+        runs.ROOT.joinpath("README.md").read_text(),
+        re.S,
+    ).groups()
+    for _ in range(1 + MORE_ATTEMPTS):
+        ended = subprocess.run(
+            ["bash", "-c", " ".join([commands, *small])],
+            cwd=clone,
+            env=runs.environment(PYTHON=sys.executable),
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+        )
+        if not LOST_REPLY.search(ended.stderr):
+            break
+    return ended, shown
+
+
 # --------------------------------------------------------------------------------------- two ranks are one training
+
+
+@pytest.mark.slow
+def test_the_readme_shows_what_its_command_prints(readme):
+    ended, shown = readme
+    assert ended.returncode == 0, ended.stderr
+    for line, pattern in zip([*ended.stderr.splitlines(), *ended.stdout.splitlines()], shown.splitlines()):
+        assert without_numbers(line) == without_numbers(pattern)
+    assert len(ended.stdout.splitlines()) + 1 == len(shown.splitlines())
+
+
+def without_numbers(line):
+    return re.sub(r"MindSpore [0-9.]+|[0-9][0-9.,]*", "#", line)
 
 
 def test_two_ranks_train_as_one_with_twice_the_images(whole, one_rank, lab):

@@ -3,9 +3,12 @@
 import io
 import json
 import re
+import signal
 import struct
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import runs
@@ -67,6 +70,23 @@ def test_a_bug_is_not_hidden_and_is_in_the_log_too(tmp_path):
     with pytest.raises(ZeroDivisionError):
         log.run_command(raising(ZeroDivisionError("of ours")))
     assert "ZeroDivisionError: of ours" in (tmp_path / "train.log").read_text()
+
+
+def test_ctrl_c_is_no_error(capsys):
+    assert log.run_command(raising(KeyboardInterrupt())) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+def test_ctrl_c_while_a_command_imports_what_it_needs_is_no_error():
+    process = subprocess.Popen(
+        runs.command("predict"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=runs.environment(), text=True
+    )
+    status, deadline = Path(f"/proc/{process.pid}/status"), time.monotonic() + 60
+    while not int(re.search(r"SigBlk:\s*(\w+)", status.read_text())[1], 16) & 1 << signal.SIGINT - 1:
+        assert time.monotonic() < deadline
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60) == ("", "")
+    assert process.returncode == 130
 
 
 def test_no_log_is_written_where_no_run_had_begun(tmp_path, monkeypatch):

@@ -124,6 +124,13 @@ def server_ids(first, second):
     return apply
 
 
+def container_ips(first, second):
+    def apply(table):
+        server(table, 0)["container_ip"], server(table, 1)["container_ip"] = first, second
+
+    return apply
+
+
 def drop_second_half_of_second_server(table):
     del server(table, 1)["device"][4:]
 
@@ -155,11 +162,25 @@ FAULTS = [
     (change(server, server_id=7), r"server 1 of server_list: server_id must be text.*not 7$"),
     (change(server, server_id="node 0\n"), r'server 1 of server_list: server_id must be text.*not "node 0\\n"'),
     (change(server, server_id="10.0.0.256"), r"server 10\.0\.0\.256: server_id is not a well-formed address"),
-    (change(server, server_id="10.0.0.2"), r"server 10\.0\.0\.2: this server_id is given twice"),
-    (server_ids("fd00::a", "FD00:0:0::A"), r"server FD00:0:0::A: this server_id is given twice"),
-    (server_ids("node_a", "NODE_A"), r"server NODE_A: this server_id is given twice"),
+    (
+        change(server, server_id="10.0.0.2"),
+        r"server 10\.0\.0\.2: 10\.0\.0\.2 already names another server, 10\.0\.0\.2$",
+    ),
+    (server_ids("fd00::a", "FD00:0:0::A"), r"server FD00:0:0::A: FD00:0:0::A already names another server, fd00::a"),
+    (server_ids("node_a", "NODE_A"), r"server NODE_A: NODE_A already names another server, node_a"),
+    (change(server, server_id="10.0.0.1:80"), r"server 10\.0\.0\.1:80: server_id is not a well-formed address"),
+    (change(server, server_id="fd00:::a"), r"server fd00:::a: server_id is not a well-formed address"),
+    (
+        change(lambda t: server(t, 1), host_ip="10.0.0.1"),
+        r"server 10\.0\.0\.2: 10\.0\.0\.1 already names another server, 10\.0\.0\.1$",
+    ),
+    (
+        container_ips("10.244.0.1", "::ffff:10.244.0.1"),
+        r"server 10\.0\.0\.2: 10\.244\.0\.1 already names another server, 10\.0\.0\.1$",
+    ),
     (change(server, host_ip="10.0.0"), r'server 10\.0\.0\.1: host_ip "10\.0\.0" is not the address of one host'),
-    (change(server, container_ip="0.0.0.0"), r"server 10\.0\.0\.1: container_ip .* is not the address"),
+    (change(server, container_ip="0.0.0.0"), r'server 10\.0\.0\.1: container_ip "0\.0\.0\.0" is not the address'),
+    (change(server, container_ip="255.255.255.255"), r'server 10\.0\.0\.1: container_ip "255\..* is not the address'),
     (change(server, device=None), r"server 10\.0\.0\.1: device is missing"),
     (change(server, device="8"), r"server 10\.0\.0\.1: device must be a list"),
     (change(server, device=[]), r"server 10\.0\.0\.1: device is an empty list"),
@@ -181,6 +202,14 @@ FAULTS = [
     (
         change(lambda t: device(t, 7, of=1), device_ip="192.168.0.1"),
         r"server 10\.0\.0\.2: device 7: device_ip 192\.168\.0\.1 is already that of server 10\.0\.0\.1: device 0",
+    ),
+    (
+        change(lambda t: device(t, 6, of=1), device_ip="::ffff:192.168.0.1"),
+        r"server 10\.0\.0\.2: device 6: device_ip 192\.168\.0\.1 is already that of server 10\.0\.0\.1: device 0",
+    ),
+    (
+        change(lambda t: device(t, 6), device_ip="fe80::1%eth0"),
+        r"server 10\.0\.0\.1: device 6: device_ip .* is not the",
     ),
     (change(lambda t: device(t, 2), rank_id=None), r"server 10\.0\.0\.1: device 2: rank_id is missing"),
     (change(lambda t: device(t, 2), rank_id=2), r"server 10\.0\.0\.1: device 2: rank_id must be text"),
@@ -208,6 +237,8 @@ TEXTS = [
     ('{"version": "1.0",}', r"not JSON: .* at line 1, column 1[89]"),
     ('{"version": "1.0", "version": "1.0"}', r'the key "version" is given twice'),
     ("[" * 100_000, r"nested too deeply"),
+    ('{"version": "1.0", "board_id": NaN}', r"not JSON: NaN is no value"),
+    ("\ufeff{}", r"begins with a byte order mark"),
 ]
 FAULTY = [
     *((table_of, fault, pattern) for fault, pattern in FAULTS),
@@ -277,6 +308,11 @@ ACCEPTED = {
     "host_ip": change(server, host_ip="172.16.0.100"),
     "container_ip": change(server, container_ip="10.244.1.7"),
     "empty container_ip": change(server, container_ip=""),
+    "a number as server_id": change(server, server_id="7"),
+    "two containers of one host": lambda table: [
+        entry.update(host_ip="172.16.0.100", container_ip=f"10.244.1.{i}")
+        for i, entry in enumerate(table["server_list"])
+    ],
     "host_nic_ip reserve": change(server, host_nic_ip="reserve"),
     "para_plane_nic_ip unknown": change(top, para_plane_nic_location="device"),
     "unknown in device": change(device, device_logical_id="0", device_port="16667"),

@@ -14,7 +14,9 @@
 Importing it also registers the models with mindcv, so that ``mindcv.create_model`` knows their names.
 """
 
+import os
 import signal
+import sys
 
 # Threads that libraries start when they are imported (OpenBLAS's) do not take these signals: see train.StopSignal.
 _signals_before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
@@ -24,7 +26,12 @@ try:
     from skipvit.config import Config, ModelConfig, SkipConfig, UserError
     from skipvit.model import VisionTransformer, create_model
 finally:
-    signal.pthread_sigmask(signal.SIG_SETMASK, _signals_before)
+    try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, _signals_before)
+    except KeyboardInterrupt:
+        if sys.argv[0] != "-m":  # Python's mark of a command that is just being found
+            raise
+        os._exit(128 + signal.SIGINT)
 
 __version__ = "0.1.0"
 __all__ = [

@@ -46,7 +46,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import psutil
 
@@ -57,6 +57,7 @@ if __name__ == "__main__" and "skipvit" not in sys.modules:
     sys.modules["skipvit"].__path__ = [os.path.dirname(os.path.abspath(__file__))]
 
 from skipvit.config import UserError, load
+from skipvit.log import Parser, run_command
 from skipvit.rank_table import RankTable, Server, address_of, find_server, read_rank_table, this_machine
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -237,13 +238,14 @@ def plan_ranks(
     members = sorted((device.rank, device.device_id, server) for server in local for device in server.devices)
     plans = []
     for place, (rank, device_id, server) in enumerate(members):
-        share = tuple(cores[place * len(cores) // len(members) : (place + 1) * len(cores) // len(members)])
+        share = cores[place * len(cores) // len(members) : (place + 1) * len(cores) // len(members)]
+        allowed = share if len(cores) >= len(members) else cores
         own = {"RANK_ID": str(rank), "DEVICE_ID": str(device_id)}
         if scheduler is not None:
             own["MS_NODE_ID"] = str(rank)
         threads = {"OMP_NUM_THREADS": str(max(1, len(share)))}
         whole = defaults | threads | inherited | common | own
-        plans.append(RankPlan(rank, device_id, server.server_id, share or tuple(cores), whole))
+        plans.append(RankPlan(rank, device_id, server.server_id, tuple(allowed), whole))
     return plans
 
 
@@ -675,27 +677,19 @@ Example, 20 steps on the CPU of this machine, with as many ranks as the table ha
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help explains)")
-
-
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """``rank_table``, ``config`` (None without one), ``overrides`` and ``log_dir`` (None without one)."""
-    parser = _Parser(
+    """``rank_table``, ``config`` (None without one) and ``overrides``."""
+    parser = Parser(
         prog="bash run_distribute_train.sh",
-        usage="%(prog)s [--log-dir DIR] RANK_TABLE [CONFIG] [key=value ...]",
+        usage="%(prog)s RANK_TABLE [CONFIG] [key=value ...]",
         description="Train with one process for each rank of an HCCL rank table: the same command on every server.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     configs = f"{DEFAULT_CONFIG['Ascend']}, on CPU {DEFAULT_CONFIG['CPU']}"
     parser.add_argument("rank_table", metavar="RANK_TABLE", help="an HCCL rank table, as hccl_tools.py writes it")
     parser.add_argument("config", metavar="CONFIG", nargs="?", help=f"a recipe ({configs})")
     key_help = "override any key, such as train.epochs=10"
     parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=key_help)
-    parser.add_argument("--log-dir", type=Path, metavar="DIR", help="one log a rank (logs in the run's folder)")
     arguments = parser.parse_args(argv)
     # The first is a recipe unless it is an override; the path of a recipe may hold a = too.
     if arguments.config is not None and "=" in arguments.config and not os.path.exists(arguments.config):
@@ -763,17 +757,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(argv) == 2 and argv[0] == UNDER_MSRUN:
         _under_msrun(argv[1])
         return 0
-    try:
-        arguments = parse_arguments(argv)
-        config = arguments.config or str(REPOSITORY / DEFAULT_CONFIG[Settings.of(os.environ).device_target])
-        # Loaded here too, so that a mistake in it is told once and before any rank starts.
-        output = load(config, arguments.overrides).train.output
-        program = ["-m", "skipvit.train", config, *arguments.overrides]
-        return launch(arguments.rank_table, program, arguments.log_dir or Path(output) / "logs")
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return BAD_INPUT
+    arguments = parse_arguments(argv)
+    config = arguments.config or str(REPOSITORY / DEFAULT_CONFIG[Settings.of(os.environ).device_target])
+    # Loaded here too, so that a mistake in it is told once and before any rank starts.
+    output = load(config, arguments.overrides).train.output
+    return launch(arguments.rank_table, ["-m", "skipvit.train", config, *arguments.overrides], Path(output) / "logs")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -57,6 +58,8 @@ def run_command(main: Callable[[Optional[Sequence[str]]], Any], argv: Optional[S
         # The reader of our output (`| head`) has gone; nothing is wrong here.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     except BaseException:
         _log_traceback()
         raise

@@ -25,6 +25,10 @@ MAX_TABLE_BYTES = 8 * 2**20
 WHOLE_NUMBER = re.compile(r"0|[1-9][0-9]{0,5}")
 # What CANN's documents allow as server_id: a name or an address of at most 64 characters.
 SERVER_NAME = re.compile(r"[0-9A-Za-z:][0-9A-Za-z._:%-]{0,63}")
+# A server_id that must be an address, for it looks like one.
+LIKE_AN_ADDRESS = re.compile(r"[0-9]+[.:][0-9.:]*|[0-9A-Fa-f.]*:[0-9A-Fa-f.:]*")
+
+BROADCAST = ipaddress.IPv4Address("255.255.255.255")
 
 
 @dataclass(frozen=True)
@@ -163,7 +167,7 @@ def _names(entry: dict[str, Any], place: str) -> tuple[str, ...]:
         raise UserError(f"{place}: server_id is missing")
     if not isinstance(server_id, str) or not SERVER_NAME.fullmatch(server_id):
         raise UserError(f"{place}: server_id must be text, an address or a name such as node_0, not {_show(server_id)}")
-    if re.fullmatch(r"[0-9.]+", server_id) and address_of(server_id) is None:
+    if LIKE_AN_ADDRESS.fullmatch(server_id) and address_of(server_id) is None:
         raise UserError(f"server {server_id}: server_id is not a well-formed address")
     # server_ip is how MindCluster writes a pod's address.
     others = (_address(entry, key, f"server {server_id}: ") for key in ("container_ip", "host_ip", "server_ip"))
@@ -196,13 +200,15 @@ def _server(names: tuple[str, ...], devices: list[Device]) -> Server:
 
 def _check_across_servers(servers: list[Server]) -> None:
     """Servers distinct and of one size, ranks 0 to n-1 each once, device addresses given and distinct."""
-    ids: set[str] = set()
+    owners: dict[str, Server] = {}
     ranks: dict[int, str] = {}
     addresses: dict[str, str] = {}
     for server in servers:
-        if _normal(server.server_id) in ids:
-            raise UserError(f"server {server.server_id}: this server_id is given twice")
-        ids.add(_normal(server.server_id))
+        # Its id and its nearest address; the host_ip of two containers may be one.
+        for name in server.names[:2]:
+            owner = owners.setdefault(_normal(name), server)
+            if owner is not server:
+                raise UserError(f"server {server.server_id}: {name} already names another server, {owner.server_id}")
         for device in server.devices:
             place = f"server {server.server_id}: device {device.device_id}"
             if device.rank in ranks:
@@ -246,7 +252,10 @@ def _load_json(path: Path) -> Any:
     if not content.strip():
         raise UserError("the file is empty")
     try:
-        return json.loads(content.decode("utf-8"), object_pairs_hook=_object_without_duplicates)
+        text = content.decode("utf-8")
+        if text.startswith("\ufeff"):
+            raise UserError("begins with a byte order mark; save it as UTF-8 without one")
+        return json.loads(text, object_pairs_hook=_object_without_duplicates, parse_constant=_no_constant)
     except UnicodeDecodeError as error:
         raise UserError(f"not UTF-8 text (byte {error.start})") from None
     except json.JSONDecodeError as error:
@@ -254,6 +263,10 @@ def _load_json(path: Path) -> Any:
     except (RecursionError, ValueError):
         # ValueError: Python 3.11 refuses to convert whole numbers of thousands of digits.
         raise UserError("not a rank table: nested too deeply, or a number too long") from None
+
+
+def _no_constant(name: str) -> Any:
+    raise UserError(f"not JSON: {name} is no value")
 
 
 def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -299,11 +312,11 @@ def _address(holder: dict[str, Any], key: str, place: str) -> str | None:
         if not isinstance(value, str):
             raise ValueError
         address = ipaddress.ip_address(value)
-        if address.is_unspecified or address.is_multicast:
+        if "%" in value or address.is_unspecified or address.is_multicast or address == BROADCAST:
             raise ValueError
     except ValueError:
         raise UserError(f"{place}{key} {_show(value)} is not the address of one host") from None
-    return str(address)
+    return address_of(value)
 
 
 def _show(value: object) -> str:
@@ -351,11 +364,12 @@ def this_machine() -> list[str]:
 
 
 def address_of(name: str) -> str | None:
-    """An address in its normal spelling without its interface (``%eth0``), or None for what is no address."""
+    """An address in its one normal spelling without its interface (``%eth0``), or None for what is no address."""
     try:
-        return str(ipaddress.ip_address(name.split("%")[0]))
+        address = ipaddress.ip_address(name.split("%")[0])
     except ValueError:
         return None
+    return str(getattr(address, "ipv4_mapped", None) or address)
 
 
 def _normal(name: str) -> str:
