@@ -109,15 +109,15 @@ def export_mindir(net: VisionTransformer, images: np.ndarray, folder: Path) -> t
 
 
 class ErfStandIn(nn.Cell):
-    """GELU with another operator for erf, which MindSpore's ONNX exporter does not have; in the file it is renamed."""
+    """`ExactGelu` with another operator for erf, which MindSpore's ONNX exporter lacks; in the file it is renamed."""
 
     def __init__(self):
         super().__init__()
         self.stand_in = ops.Abs()
 
-    def construct(self, x):
-        """Elementwise."""
-        return 0.5 * x * (1.0 + self.stand_in(x * 0.7071067811865476))
+    def construct(self, u):
+        """``(...)`` to ``(...)``."""
+        return u * (self.stand_in(u) + 1.0)
 
 
 def export_onnx(net: VisionTransformer, images: np.ndarray, folder: Path) -> tuple[Path, float]:
