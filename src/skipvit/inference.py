@@ -10,7 +10,7 @@ import numpy as np
 from mindspore import Tensor, nn
 
 from skipvit import draw
-from skipvit.config import Config, UserError
+from skipvit.config import Config, UserError, given_spans
 from skipvit.data import UnreadableImage, evaluation_image, images_in, open_image, shorter_side
 from skipvit.log import RunFailed
 from skipvit.model import VisionTransformer
@@ -67,6 +67,18 @@ def list_images(paths: Sequence[Path]) -> list[Path]:
     return images
 
 
+def refuse_masks(config: Config) -> None:
+    """Where there is nothing but images, a model that chooses by masks cannot work.
+
+    Raises:
+        UserError: one of the spans does.
+    """
+    if any(span.score == "mask" for span in given_spans(config)):
+        raise UserError(
+            "the model chooses patches by masks, which come with a data set alone; take --no-skip, or skipvit.evaluate"
+        )
+
+
 def look(classify: Classify, config: Config, paths: Sequence[Path], batch_size: int) -> Iterator[Seen]:
     """Run the model over images, in order.
 
@@ -80,8 +92,7 @@ def look(classify: Classify, config: Config, paths: Sequence[Path], batch_size: 
         UserError: an image cannot be read, or the model needs masks.
         RunFailed: the model gives no numbers.
     """
-    if any(span.score == "mask" for span in config.skip):
-        raise UserError("the model chooses patches by masks, which come with a data set alone; use skipvit.evaluate")
+    refuse_masks(config)
     size, N = config.model.image_size, config.model.num_patches
 
     def read(path: Path) -> np.ndarray:
