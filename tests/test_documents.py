@@ -53,6 +53,7 @@ SMALL_TUNING = [
     "model.image_size=32",
     "skip.start=1",
     "skip.end=2",
+    "skip.align=1",
     "train.epochs=1",
     "data.batch_size=4",
 ]

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import mindspore as ms
 import numpy as np
@@ -20,6 +21,7 @@ CLASSES = ["crow", "heron", "owl"]
 def scene(tmp_path_factory):
     root = tmp_path_factory.mktemp("scene")
     parameters = runs.write_checkpoint(root / "best.ckpt", CLASSES, model={"num_classes": 4})
+    runs.write_checkpoint(root / "mask.ckpt", CLASSES, skip={**runs.RECIPE["skip"], "score": "mask"})
     return root, parameters
 
 
@@ -46,20 +48,24 @@ def serve(description, paths):
     return np.array(prepared, np.float32)
 
 
-def test_mindir_loaded_again_is_the_model_and_its_description_tells_how_to_use_it(scene, tmp_path, capsys):
+def test_mindir_loaded_again_is_the_model_and_its_description_tells_how_to_use_it(scene, tmp_path, monkeypatch, capsys):
+    """Also under a name that MindSpore's own export would refuse."""
     root, parameters = scene
     paths = sorted(runs.write_images(tmp_path / "images", 4, CLASSES[:2]).rglob("*.png"))
-    line, description = exported(capsys, root / "best.ckpt", tmp_path / "served.mindir", "--batch-size", "4")
+    monkeypatch.chdir(tmp_path)
+    Path("with a blank").mkdir()
+    line, description = exported(capsys, root / "best.ckpt", "with a blank/größe.mindir", "--batch-size", "4")
     assert (line["difference"], line["compared_images"]) == (0.0, 100)
     assert description["input"]["shape"] == [4, 3, 16, 16]
     assert description["output"]["shape"] == [4, 4]
     assert description["classes"] == [*CLASSES, "3"]
     assert description["blocks_that_tokens_skip"] == [[1]]
     runtime.start()
-    graph = nn.GraphCell(ms.load(str(tmp_path / "served.mindir")))
+    graph = nn.GraphCell(ms.load("with a blank/größe.mindir"))
     logits = graph(Tensor(serve(description, paths))).asnumpy()
     np.testing.assert_allclose(logits, runs.expected_of(parameters, paths).logits, atol=1e-4)
-    assert {path.name for path in tmp_path.iterdir()} == {"images", "served.mindir", "served.json"}
+    assert {path.name for path in Path("with a blank").iterdir()} == {"größe.mindir", "größe.json"}
+    assert Path.cwd() == tmp_path
 
 
 @pytest.mark.slow
@@ -146,6 +152,8 @@ def test_without_onnx_the_way_out_is_told(scene, tmp_path, monkeypatch, capsys):
         (["{root}/best.ckpt", "{tmp}/m.mindir", "--precision", "bf16"], ["--precision", "bf16", "fp16"]),
         (["{root}/best.ckpt", "{tmp}/m.onnx", "--precision", "fp16"], ["fp16", "ONNX", ".mindir"]),
         (["{root}/no.ckpt", "{tmp}/m.mindir"], ["{root}/no.ckpt", "no such checkpoint"]),
+        (["{root}/mask.ckpt", "{tmp}/m.mindir"], ["by masks", "--no-skip"]),
+        (["{root}/best.ckpt", "/proc/m.mindir"], ["/proc/m.mindir: cannot be written"]),
     ],
 )
 def test_bad_input_is_one_line(arguments, parts, scene, tmp_path, capsys):

@@ -70,13 +70,15 @@ def test_views_are_in_the_images_order_and_grid(scene, looked):
 
 
 def test_what_is_displayed_is_what_the_model_sees_only_sharper(looked, tmp_path):
-    """Of a wide image the middle, which is red here; the model's 16 pixels are 14 times as many."""
-    wide = Image.new("RGB", (90, 30), "blue")
-    wide.paste("red", (30, 0, 60, 30))
-    wide.save(tmp_path / "wide.png")
-    shown = inference.displayed(tmp_path / "wide.png", looked[0].config)
-    assert shown.shape == (224, 224, 3)
-    assert shown[:, 8:-8].reshape(-1, 3).min(0).tolist() == [255, 0, 0]
+    """Of a wide image the middle, which is red here; 14 times the model's 16 pixels, where the file has so many."""
+    for side, expected in ((300, 224), (70, 64), (30, 16), (10, 16)):
+        wide = Image.new("RGB", (3 * side, side), "blue")
+        wide.paste("red", (side, 0, 2 * side, side))
+        wide.save(tmp_path / "wide.png")
+        shown = inference.displayed(tmp_path / "wide.png", looked[0].config)
+        assert shown.shape == (expected, expected, 3)
+        edge = expected // 8
+        assert shown[:, edge:-edge].reshape(-1, 3).min(0).tolist() == [255, 0, 0]
 
 
 def test_spoilt_weights_are_told(looked, scene):

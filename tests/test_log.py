@@ -311,3 +311,20 @@ def test_the_commit_is_that_of_the_source(tmp_path, monkeypatch):
 def test_without_git_there_is_no_commit(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert log.git_commit() is None
+
+
+# ------------------------------------------------------------------------------------------- MindSpore's own
+
+
+def test_mindspore_is_silent_where_a_command_tells_it_itself():
+    """Also where it was imported first, by somebody's own script, and took its own level."""
+    code = """
+import mindspore
+from skipvit import runtime
+mindspore.log.critical("heard")
+with runtime._without_log():
+    mindspore.log.critical("unheard")
+mindspore.log.critical("heard again")
+"""
+    ended = subprocess.run([sys.executable, "-c", code], env=runs.environment(), capture_output=True, text=True)
+    assert [line.split("] ")[-1] for line in ended.stderr.splitlines()] == ["heard", "heard again"]

@@ -68,6 +68,17 @@ def test_for_programs_only_and_without_skipping(scene, capsys):
     assert np.abs(expected["dense"] - expected["skip"]).max() > 1e-3, "or the comparison shows nothing"
 
 
+def test_a_model_that_chooses_by_masks_predicts_without_skipping(scene, tmp_path, capsys):
+    _, paths, expected = scene
+    runs.write_checkpoint(
+        tmp_path / "best.ckpt", CLASSES[:3], model={"num_classes": 4}, skip={**runs.RECIPE["skip"], "score": "mask"}
+    )
+    code = run_command(predict.main, [str(tmp_path / "best.ckpt"), str(paths[0])])
+    runs.assert_bad_input(code, capsys.readouterr().err, "masks", "--no-skip", "skipvit.evaluate")
+    lines = predicted(capsys, tmp_path / "best.ckpt", paths[0], "--json", "--no-skip")
+    assert_lines(lines, paths[:1], expected["dense"], top=4)
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [

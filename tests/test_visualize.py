@@ -73,9 +73,10 @@ def test_two_checkpoints_side_by_side_with_all_their_spans(scene, tmp_path, caps
 
 
 def test_two_scores_of_one_checkpoint(scene, tmp_path, capsys):
+    """The images may stand behind the options too."""
     root, paths, expected = scene
     compared = ["--compare", "cls_attention", "cls_attention"]
-    line = drawn(capsys, root / "a/best.ckpt", *paths, *compared, "-o", tmp_path / "a.png")
+    line = drawn(capsys, root / "a/best.ckpt", *compared, *paths, "-o", tmp_path / "a.png")
     assert_choices(line, paths, [("cls_attention", expected["a"], 0)] * 2)
 
 

@@ -60,7 +60,7 @@ class View(NamedTuple):
     @property
     def prediction(self) -> str:
         """In words, as many as stand over a panel."""
-        return f"{_shortened(self.class_name, 15)} {100 * self.probability:.1f}%"
+        return f"{_shortened(self.class_name, 18)} {100 * self.probability:.0f}%"
 
 
 class Row(NamedTuple):
@@ -99,7 +99,8 @@ def write(figure: Any, path: Path) -> None:
 def tokens(rows: Sequence[Row]) -> Any:
     """A grid, a row an image: the image, then of each choice the kept patches clear, and the score as a heat map.
 
-    The heat map runs from the image's lowest score (dark) to its highest (light). Images with one choice stand two in
+    The heat map runs from the image's lowest score (dark) to its highest (light), by the square root, since a few
+    patches often have most of the attention. Images with one choice stand two in
     a row where there are more than four.
 
     Returns:
@@ -124,14 +125,17 @@ def tokens(rows: Sequence[Row]) -> Any:
 
 
 def _draw_row(axes: Any, row: Row, heading: bool) -> None:
-    original = row.views[0].image
     named = any(view.title for view in row.views)
-    axes[0].imshow(original)
-    axes[0].set_title(_shortened(Path(row.name).stem, 20) if named else row.views[0].prediction)
+    axes[0].imshow(row.views[0].image)
+    path = Path(row.name)
+    name = path.parent.name if path.stem.isdigit() else path.stem  # a number says less than the class's folder
+    axes[0].set_title(_shortened(name, 18) if named else row.views[0].prediction)
     for view, clear, heat in zip(row.views, axes[1::2], axes[2::2]):
         height, width, _ = view.image.shape
         clear.imshow(dimmed(view.image, view.kept))
-        heat.imshow(view.score, cmap="inferno", interpolation="nearest", extent=(0, width, height, 0))
+        _outline(clear, view.kept, height / len(view.kept))
+        shade = np.sqrt(view.score - np.nanmin(view.score))
+        heat.imshow(shade, cmap="inferno", interpolation="nearest", extent=(0, width, height, 0))
         kept = f"{view.kept.sum()} of {view.kept.size} kept"
         if heading:
             heat.set_title("score")
@@ -153,6 +157,15 @@ def dimmed(image: np.ndarray, kept: np.ndarray) -> np.ndarray:
     return np.where(np.asarray(mask)[:, :, None] > 0, image, faded)
 
 
+def _outline(axis: Any, kept: np.ndarray, side: float) -> None:
+    """A line between kept and faded, which on white would look alike; ``side``: of a patch, in pixels."""
+    options = {"color": "black", "linewidth": 0.4}
+    rows, columns = np.nonzero(kept[1:] != kept[:-1])
+    axis.hlines((rows + 1) * side - 0.5, columns * side - 0.5, (columns + 1) * side - 0.5, **options)
+    rows, columns = np.nonzero(kept[:, 1:] != kept[:, :-1])
+    axis.vlines((columns + 1) * side - 0.5, rows * side - 0.5, (rows + 1) * side - 0.5, **options)
+
+
 def curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
     """Loss, Top-1, learning rate and images/s of one or more runs, over epochs where each run has validated once.
 
@@ -172,10 +185,13 @@ def curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
                 # A validation has a speed of its own, which is not training's.
                 of_kind = [record for record in records if ("loss" in record) == (key != "top1")]
                 points = [(record["step"] / scale, record[key]) for record in of_kind if key in record]
+                if key == "images_per_second":  # nor has a first step one, which compiles: 0 is noted for it
+                    points = [point for point in points if point[1] > 0]
                 if points:
                     _draw_curve(axis, np.array(points, float), f"C{index}", key)
             axis.set_title(title, loc="left")
         axes[0, 0].set_xlim(left=0)
+        axes[1, 1].set_ylim(bottom=0)
         figure.supxlabel("epoch" if in_epochs else "step", fontsize=STYLE["font.size"])
         if len(runs) > 1:
             lines = [axes.flat[0].plot([], [], color=f"C{index}")[0] for index in range(len(runs))]
@@ -188,7 +204,8 @@ def _draw_curve(axis: Any, points: np.ndarray, colour: str, key: str) -> None:
     if key == "loss" and len(points) >= SMOOTHED_FROM:
         axis.plot(x, y, color=colour, alpha=0.25, linewidth=0.6)
         width = len(points) // 50
-        x, y = x[width - 1 :], np.convolve(y, np.full(width, 1 / width), "valid")
+        y = np.convolve(y, np.full(width, 1 / width), "valid")
+        x = x[(width - 1) // 2 :][: len(y)]
     marker = "o" if len(points) < 20 else ""  # a line of one point would not be seen
     axis.plot(x, y, color=colour, marker=marker, markersize=3)
 

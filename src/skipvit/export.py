@@ -15,11 +15,12 @@ Example:
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
@@ -30,7 +31,7 @@ from mindspore import Tensor, nn, ops
 from skipvit import checkpoint, runtime
 from skipvit.config import UserError
 from skipvit.data import shorter_side
-from skipvit.inference import class_name
+from skipvit.inference import class_name, refuse_masks
 from skipvit.log import Parser, RunFailed, run_command
 from skipvit.model import VisionTransformer
 
@@ -66,20 +67,37 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 
     runtime.start()
     saved = checkpoint.load(arguments.checkpoint)
+    if not arguments.no_skip:
+        refuse_masks(saved.config)
     net = checkpoint.build_model(saved, not arguments.no_skip, runtime.compute_dtype(arguments.precision))
     net.set_train(False)
     images = random_images(arguments.batch_size, saved.config.model.image_size)
     export = export_mindir if output.suffix == ".mindir" else export_onnx
     # In a folder beside it, for what is half written or wrong must not get its name.
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.stem}.") as folder:
-        written, difference = export(net, images, Path(folder))
-        described = Path(folder, "description.json")
-        described.write_text(json.dumps(describe(saved, net, arguments), indent=1) + "\n", encoding="utf-8")
-        for path, target in ((described, output.with_suffix(".json")), (written, output)):
-            path.chmod(0o644)
-            os.replace(path, target)
+    target = output.absolute()
+    try:
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export.") as folder, working_in(folder):
+            difference = export(net, images, Path("model" + output.suffix))
+            description = json.dumps(describe(saved, net, arguments), indent=1) + "\n"
+            Path("model.json").write_text(description, encoding="utf-8")
+            for suffix in (".json", output.suffix):
+                os.chmod("model" + suffix, 0o644)
+                os.replace("model" + suffix, target.with_suffix(suffix))
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written ({error.strerror})") from None
     closing = {"output": str(output), "description": str(output.with_suffix(".json"))}
     print(json.dumps({**closing, "compared_images": images.shape[0] * images.shape[1], "difference": difference}))
+
+
+@contextlib.contextmanager
+def working_in(folder: str) -> Iterator[None]:
+    """With ``folder`` as the working directory: MindSpore's export takes no path with a blank or an umlaut."""
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
 
 
 def random_images(batch_size: int, image_size: int) -> np.ndarray:
@@ -88,16 +106,15 @@ def random_images(batch_size: int, image_size: int) -> np.ndarray:
     return np.random.default_rng(0).standard_normal(shape, np.float32)
 
 
-def export_mindir(net: VisionTransformer, images: np.ndarray, folder: Path) -> tuple[Path, float]:
-    """Write it into ``folder`` and load it again.
+def export_mindir(net: VisionTransformer, images: np.ndarray, path: Path) -> float:
+    """Write it and load it again.
 
     Returns:
-        The file, and the largest difference of a logit from the model's.
+        The largest difference of a logit from the model's.
 
     Raises:
         RunFailed: there is one.
     """
-    path = folder / "model.mindir"
     ms.export(net, Tensor(images[0]), file_name=str(path), file_format="MINDIR")
     reloaded = nn.GraphCell(ms.load(str(path)))
     difference = max(
@@ -105,32 +122,31 @@ def export_mindir(net: VisionTransformer, images: np.ndarray, folder: Path) -> t
     )
     if difference != 0:
         raise RunFailed(f"not written: the MINDIR loaded again gives logits that differ by {difference:.2g}")
-    return path, difference
+    return difference
 
 
 class ErfStandIn(nn.Cell):
-    """GELU with another operator for erf, which MindSpore's ONNX exporter does not have; in the file it is renamed."""
+    """`ExactGelu` with another operator for erf, which MindSpore's ONNX exporter lacks; in the file it is renamed."""
 
     def __init__(self):
         super().__init__()
         self.stand_in = ops.Abs()
 
-    def construct(self, x):
-        """Elementwise."""
-        return 0.5 * x * (1.0 + self.stand_in(x * 0.7071067811865476))
+    def construct(self, u):
+        """``(...)`` to ``(...)``."""
+        return u * (self.stand_in(u) + 1.0)
 
 
-def export_onnx(net: VisionTransformer, images: np.ndarray, folder: Path) -> tuple[Path, float]:
-    """Write it into ``folder`` and run it by onnxruntime. Afterwards ``net`` is good for nothing else.
+def export_onnx(net: VisionTransformer, images: np.ndarray, path: Path) -> float:
+    """Write it and run it by onnxruntime. Afterwards ``net`` is good for nothing else.
 
     Returns:
-        The file, and the largest difference of a logit from the model's.
+        The largest difference of a logit from the model's.
 
     Raises:
         RunFailed: it is more than `ONNX_TOLERANCE`, or the exporter does not know an operator.
     """
     onnx, onnxruntime = import_onnx()
-    path = folder / "model.onnx"
     expected = np.stack([net(Tensor(batch)).asnumpy() for batch in images])
     exact = [block for block in net.blocks if block.mlp.act.form == "exact"]
     for block in exact:
@@ -158,7 +174,7 @@ def export_onnx(net: VisionTransformer, images: np.ndarray, folder: Path) -> tup
         raise RunFailed(
             f"not written: the ONNX graph's logits differ by {difference:.2g} from the model's; take .mindir"
         )
-    return path, difference
+    return difference
 
 
 def import_onnx() -> tuple[Any, Any]:

@@ -10,13 +10,13 @@ import numpy as np
 from mindspore import Tensor, nn
 
 from skipvit import draw
-from skipvit.config import Config, UserError
-from skipvit.data import UnreadableImage, evaluation_image, images_in, open_image
+from skipvit.config import Config, UserError, given_spans
+from skipvit.data import UnreadableImage, evaluation_image, images_in, open_image, shorter_side
 from skipvit.log import RunFailed
 from skipvit.model import VisionTransformer
 from skipvit.step import Normalize
 
-SHOWN_SIDE = 224  # pixels that an image has in a picture at least, however few the model sees
+SHOWN_SIDE = 224  # pixels that an image has in a picture, however few the model sees; fewer where the file has fewer
 
 
 class Classify(nn.Cell):
@@ -67,6 +67,18 @@ def list_images(paths: Sequence[Path]) -> list[Path]:
     return images
 
 
+def refuse_masks(config: Config) -> None:
+    """Where there is nothing but images, a model that chooses by masks cannot work.
+
+    Raises:
+        UserError: one of the spans does.
+    """
+    if any(span.score == "mask" for span in given_spans(config)):
+        raise UserError(
+            "the model chooses patches by masks, which come with a data set alone; take --no-skip, or skipvit.evaluate"
+        )
+
+
 def look(classify: Classify, config: Config, paths: Sequence[Path], batch_size: int) -> Iterator[Seen]:
     """Run the model over images, in order.
 
@@ -80,8 +92,7 @@ def look(classify: Classify, config: Config, paths: Sequence[Path], batch_size: 
         UserError: an image cannot be read, or the model needs masks.
         RunFailed: the model gives no numbers.
     """
-    if any(span.score == "mask" for span in config.skip):
-        raise UserError("the model chooses patches by masks, which come with a data set alone; use skipvit.evaluate")
+    refuse_masks(config)
     size, N = config.model.image_size, config.model.num_patches
 
     def read(path: Path) -> np.ndarray:
@@ -144,10 +155,12 @@ def views(
 
 
 def displayed(path: Path, config: Config) -> np.ndarray:
-    """What the model sees of an image, sharp enough to look at: uint8 ``(S', S', 3)``."""
-    times = -(-SHOWN_SIDE // config.model.image_size)
-    larger = config.replace(model=replace(config.model, image_size=times * config.model.image_size))
-    return evaluation_image(_open(path), larger).transpose(1, 2, 0)
+    """What the model sees of an image, as sharp as the file has it: uint8 ``(S', S', 3)``, S' a multiple of S."""
+    image, size = _open(path), config.model.image_size
+    pixels_there = min(image.size) // shorter_side(size, config.data.val_crop_ratio)
+    times = max(1, min(-(-SHOWN_SIDE // size), pixels_there))
+    larger = config.replace(model=replace(config.model, image_size=times * size))
+    return evaluation_image(image, larger).transpose(1, 2, 0)
 
 
 def _open(path: Path):

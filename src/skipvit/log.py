@@ -30,6 +30,10 @@ class Parser(argparse.ArgumentParser):
         """With the description printed as it is written: a command's docstring, its example included."""
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Options may stand anywhere between a list's items, such as images or key=value."""
+        return self.parse_intermixed_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         """Instead of the usage."""
         raise UserError(f"{message}; {self.prog} --help tells what there is")

@@ -11,6 +11,7 @@ Example:
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -39,7 +40,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 
     runtime.start()
     saved = checkpoint.load(arguments.checkpoint)
-    classify = Classify(checkpoint.build_model(saved, skip=not arguments.no_skip), saved.config)
+    if arguments.no_skip:
+        saved = replace(saved, config=saved.config.replace(skip=()))
+    classify = Classify(checkpoint.build_model(saved), saved.config)
     records = [
         record(path, seen, saved.meta["classes"], arguments.top)
         for path, seen in zip(paths, look(classify, saved.config, paths, min(arguments.batch_size, len(paths))))

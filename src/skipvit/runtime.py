@@ -157,13 +157,12 @@ def from_rank_0(number: int, process: Process) -> int:
 @contextlib.contextmanager
 def _without_log() -> Iterator[None]:
     """Without what MindSpore's Python part would say on the terminal meanwhile."""
-    logger = logging.getLogger("ME")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
+    level = logging.root.manager.disable
+    logging.disable()
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logging.disable(level)
 
 
 def load_checkpoint(path: str):

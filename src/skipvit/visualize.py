@@ -1,8 +1,8 @@
 """Pictures of a checkpoint's choice of tokens, or of how runs went. As PNG, or as PDF or SVG for a paper.
 
 For each image: what the model sees of it, the kept patches clear and the skipped ones faded, and the score that chose
-them as a heat map (dark: the image's lowest); above it the predicted class and its probability. From run folders
-instead: loss, Top-1, learning rate and images/s over the epochs.
+them as a heat map (dark: the image's lowest; white: dropped by a span before); above it the predicted class and its
+probability. From run folders instead: loss, Top-1, learning rate and images/s over the epochs.
 
 Prints a line of JSON: the picture's path as "output", and for each image its choices: class, probability (0 to 1), and
 the kept patches' indices, counted row by row from 0.
@@ -68,7 +68,10 @@ def draw_runs(folders: Sequence[Path]) -> Any:
     for folder in folders:
         if not (folder / METRICS).is_file():
             raise UserError(f"{folder}: holds no {METRICS}, so it is no run's folder; give such folders only")
-    return draw.curves({str(folder): read_metrics(folder) for folder in folders})
+    names = [folder.resolve().name for folder in folders]
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in folders]
+    return draw.curves({name: read_metrics(folder) for name, folder in zip(names, folders)})
 
 
 def choices(paths: Sequence[Path], compare: Optional[Sequence[str]], spans: bool) -> list[draw.Row]:
