@@ -303,7 +303,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _why_unreadable(*paths: Path) -> str:
@@ -428,9 +428,12 @@ def erase(pixels: np.ndarray, config: Config, generator: np.random.Generator) ->
             top = generator.integers(0, height - box_height, endpoint=True)
             left = generator.integers(0, width - box_width, endpoint=True)
             mean, std = (np.array(values)[:, None, None] for values in (config.data.mean, config.data.std))
-            noise = mean + std * generator.standard_normal((3, box_height, box_width))
-            box = np.rint(255 * noise).clip(0, 255)
-            pixels[:, top : top + box_height, left : left + box_width] = box
+            noise = generator.standard_normal((3, box_height, box_width))
+            noise *= std
+            noise += mean
+            noise *= 255
+            np.rint(noise, out=noise)
+            pixels[:, top : top + box_height, left : left + box_width] = noise.clip(0, 255, out=noise)
             return
 
 
@@ -438,15 +441,19 @@ def erase(pixels: np.ndarray, config: Config, generator: np.random.Generator) ->
 # releases: given fixed arguments those repeat exactly and agree with Pillow's. Four are not taken over: posterize
 # keeps 8 - n bits where n are to be kept, so it does least where it should do most; the shears take a slope for
 # degrees, 0.3° where 17° are meant; rotation fills its corners with red and blue exchanged. And timm's SolarizeAdd
-# is missing. Those five are here.
+# is missing. Those five are here, and solarizing, which takes a sixth of the time as arithmetic on bytes.
 
 
 def _posterize(image: np.ndarray, bits: int, **_: Any) -> np.ndarray:
     return image & np.uint8(256 - (1 << (8 - bits)))
 
 
+def _solarize(image: np.ndarray, threshold: int, **_: Any) -> np.ndarray:
+    return image ^ -(image >= threshold).view(np.uint8)  # -1 is 255: all bits change
+
+
 def _solarize_add(image: np.ndarray, addend: int, **_: Any) -> np.ndarray:
-    return np.where(image < 128, np.minimum(image.astype(np.int16) + addend, 255), image).astype(np.uint8)
+    return image + (image < 128).view(np.uint8) * np.uint8(addend)  # at most 127 + 110
 
 
 def _rotate(image: np.ndarray, degrees: float, fill_value: Any, resample: Inter) -> np.ndarray:
@@ -479,7 +486,7 @@ RAND_AUGMENT: tuple[tuple[str, Callable[..., np.ndarray], Callable[[float, int],
     ("Invert", NAME_TO_OP["Invert"], lambda severity, sign: ()),
     ("Rotate", _rotate, lambda severity, sign: (sign * 30.0 * severity,)),
     ("Posterize", _posterize, lambda severity, sign: (4 - int(4 * severity),)),
-    ("Solarize", NAME_TO_OP["Solarize"], lambda severity, sign: (255 - int(255 * severity),)),
+    ("Solarize", _solarize, lambda severity, sign: (255 - int(255 * severity),)),
     ("SolarizeAdd", _solarize_add, lambda severity, sign: (int(110 * severity),)),
     ("Color", NAME_TO_OP["Color"], _enhancement),
     ("Contrast", NAME_TO_OP["Contrast"], _enhancement),
