@@ -28,6 +28,7 @@ from mindspore import Parameter, Tensor
 from skipvit import checkpoint, clutter, config, data, evaluate, launch, runtime, train
 from skipvit.config import UserError
 from skipvit.runtime import Process
+from skipvit.step import Sums
 
 DOOR = "run_distribute_train.sh"
 PATIENCE = 300  # seconds until a test gives up, on a machine that is busy with other things
@@ -552,9 +553,10 @@ def trainer():
 
 
 def note_sink(trainer):
-    trainer.step = SimpleNamespace(read_sums=lambda: (1.0, 0), scales=False)
+    trainer.step = SimpleNamespace(read_sums=lambda: Sums(1.0, 1, 0, 0), scales=False)
     trainer.log = SimpleNamespace(metrics=lambda record: None)
-    return trainer.note_sink(SimpleNamespace(update=lambda *_: None), SimpleNamespace(images_per_second=lambda: 1.0))
+    clock = SimpleNamespace(images_per_second=lambda: 1.0)
+    return trainer.note_sink(None, SimpleNamespace(update=lambda *_: None), clock)
 
 
 def test_a_signal_that_came_too_late_for_this_step_waits_for_the_next(trainer, monkeypatch):
@@ -572,7 +574,7 @@ def test_a_signal_that_came_too_late_for_this_step_waits_for_the_next(trainer, m
 
 def test_a_signal_that_another_rank_received_ends_this_one_alike(trainer, monkeypatch):
     def other_got_ctrl_c(values, ranks):
-        return ranks * values + [0, 1, 0]
+        return ranks * values + [0, 0, 1, 0]
 
     monkeypatch.setattr(runtime, "sum_over_ranks", other_got_ctrl_c)
     assert note_sink(trainer)

@@ -23,6 +23,7 @@ LIBRARY = [
     "step",
     "checkpoint",
     "log",
+    "watch",
     "audit",
     "draw",
     "rank_table",

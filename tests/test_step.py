@@ -330,15 +330,13 @@ def test_every_parameter_of_the_step_has_a_name_of_its_own(kind):
     assert {"state.loss_scale", "state.loss_scale_counter"} <= counters
 
 
-def test_the_log_s_sums_are_means_since_they_were_last_read():
+def test_the_log_s_sums_begin_anew_when_they_are_read():
     run = run_of("single")
     losses = [run(*batch(step)) for step in range(3)]
-    mean, overflows = run.step.read_sums()
-    assert mean == pytest.approx(np.mean(losses), rel=1e-6)
-    assert overflows == 0
+    assert run.step.read_sums() == (pytest.approx(sum(losses), rel=1e-6), 3, 0, 0)
     last = run(*batch(3))
-    assert run.step.read_sums() == (pytest.approx(last, rel=1e-6), 0)
-    assert run.step.read_sums() == (0, 0)
+    assert run.step.read_sums() == (pytest.approx(last, rel=1e-6), 1, 0, 0)
+    assert run.step.read_sums() == (0, 0, 0, 0)
 
 
 @pytest.mark.parametrize("kind", ["single", "half", "half_accumulating"])
@@ -349,7 +347,7 @@ def test_reading_the_sums_does_not_touch_the_training(kind):
     read, sums = [], []
     for step in range(4):
         read.append(run(*batch(step)))
-        sums.append(run.step.read_sums()[0])
+        sums.append(run.step.read_sums().loss)
     read.append(run.state())
     assert read[:-1] == unread[:-1] == pytest.approx(sums, rel=1e-6)
     assert_equal_states(read[-1], unread[-1], trained(read[-1]))
@@ -387,7 +385,7 @@ def test_the_loss_scale_is_undone_before_clipping(loss_scale):
         assert distance < 5e-2 * np.linalg.norm(value), name
     assert_weights(state, expected.parameters, 0.1)
     assert run.step.read_loss_scale() == loss_scale
-    assert run.step.read_sums()[1] == 0
+    assert run.step.read_sums().overflows == 0
 
 
 def test_an_overflow_skips_the_update_and_halves_the_scale():
@@ -422,11 +420,38 @@ def test_overflows_are_counted_until_the_log_reads_them():
     losses = [run(*batch(step)) for step in range(2)]
     run.set("state.loss_scale", 2.0**10)
     losses.append(run(*batch(2)))
-    mean, overflows = run.step.read_sums()
-    assert overflows == 2
-    assert mean == pytest.approx(np.mean(losses), rel=1e-5)
-    assert run.step.read_sums() == (0, 0)
+    assert run.step.read_sums() == (pytest.approx(sum(losses), rel=1e-5), 3, 2, 0)
+    assert run.step.read_sums() == (0, 0, 0, 0)
     assert run.state()["optimizer.updates"] == 1
+
+
+@pytest.mark.parametrize("kind", ["half", "half_accumulating"])
+def test_an_overflow_in_the_forward_pass_is_no_loss(kind):
+    """Weights beyond float16's range give no logits: the step is skipped and its loss not counted."""
+    run = half_run(kind)
+    sound = run.state()["patch_embed.proj.weight"].copy()
+    losses = []
+    for step in range(4):
+        run.set("patch_embed.proj.weight", sound + 1e6 if step in (1, 2) else run.state()["patch_embed.proj.weight"])
+        before = run.state()
+        losses.append(run(*batch(step)))
+        if step in (1, 2):
+            assert not np.isfinite(losses[-1])
+            assert_equal_states(run.state(), before, trained(before))
+            assert run.step.read_loss_scale() == before["state.loss_scale"] / 2
+            run.set("patch_embed.proj.weight", sound if step == 2 else before["patch_embed.proj.weight"])
+    assert run.step.read_sums() == (pytest.approx(losses[0] + losses[3], rel=1e-5), 2, 2, 0)
+
+
+def test_overflows_in_a_row_are_counted_beyond_a_look_and_end_with_a_sound_step():
+    run = half_run(loss_scale=2.0**40)
+    seen = []
+    for step in range(5):
+        if step in (2, 3):
+            run.set("state.loss_scale", 2.0**10 if step == 2 else 2.0**40)
+        run(*batch(step))
+        seen.append(run.step.read_sums().overflows_in_a_row)
+    assert seen == [1, 2, 0, 1, 2]
 
 
 def test_training_goes_on_after_an_overflow_as_if_it_had_not_been():
@@ -466,7 +491,7 @@ def test_an_overflow_in_one_step_spoils_the_whole_update(spoilt):
     assert_equal_states(after, run.initial, trained(after))
     assert after["state.waiting"] == 0
     assert not any(after[name].any() for name in after if name.startswith("accumulated."))
-    assert run.step.read_sums()[1] == 1
+    assert run.step.read_sums().overflows == 1
     # The next update is as if nothing had been.
     run.set("state.loss_scale", 2.0**10)
     run(*batch(2))

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,16 +86,46 @@ def save(path: Path, parameters: Iterable[Parameter], meta: Mapping[str, Any]) -
             left.unlink(missing_ok=True)
 
 
-def save_last(folder: Path, parameters: Iterable[Parameter], meta: Mapping[str, Any]) -> Path:
-    """Write ``last.ckpt``, the one before it becoming ``previous.ckpt``; killed at any moment, one of them is whole."""
+def save_last(folder: Path, parameters: Iterable[Parameter], meta: Mapping[str, Any], keep: int = 2) -> Path:
+    """Write ``last.ckpt``, the one before it becoming ``previous.ckpt``; killed at any moment, one of them is whole.
+
+    ``keep`` of them stay: 1 is ``last`` alone, 3 has ``previous_2.ckpt`` too, and so on.
+    """
     fresh = folder / FRESH
     save(fresh, parameters, meta)
     last = folder / LAST
-    if last.exists():
-        os.replace(last, folder / PREVIOUS)
+    names = [path.name for path in kept(folder)]
+    # From the oldest on, so that each makes room for the next; only a row without gaps is moved.
+    for index in reversed(range(min(len(names), keep - 1))):
+        os.replace(folder / names[index], folder / _previous(index + 1))
     os.replace(fresh, last)
+    for path in kept(folder)[keep:]:
+        path.unlink()
     _sync(folder)
     return last
+
+
+def kept(folder: Path) -> list[Path]:
+    """A run's checkpoints besides ``best``, the newest first."""
+    numbered = []
+    for path in folder.glob("previous*.ckpt"):
+        found = re.fullmatch(r"previous(?:_([2-9]|[1-9][0-9]+))?\.ckpt", path.name)
+        if found:
+            numbered.append((int(found.group(1) or 1), path))
+    last = [folder / LAST] if (folder / LAST).exists() else []
+    return last + [path for _, path in sorted(numbered)]
+
+
+def _previous(index: int) -> str:
+    return PREVIOUS if index == 1 else f"previous_{index}.ckpt"
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what a killed run had begun to write; the folder must be nobody else's."""
+    for pattern in (".*.ckpt", ".*.tmp"):
+        for path in folder.glob(pattern):
+            if path.name != FRESH:
+                path.unlink()
 
 
 def load(path: Path) -> Checkpoint:
@@ -133,7 +164,7 @@ def load(path: Path) -> Checkpoint:
 
 
 def find(folder: Path) -> tuple[Optional[Checkpoint], list[str]]:
-    """The checkpoint to go on from in a run's folder: ``last``, or ``previous`` where ``last`` is missing or damaged.
+    """The checkpoint to go on from in a run's folder: ``last``, or the one before it where it is missing or damaged.
 
     Failing both, one that was killed before it became ``last``: where ``last`` was damaged, it takes the place of
     ``previous`` for a moment.
@@ -145,16 +176,16 @@ def find(folder: Path) -> tuple[Optional[Checkpoint], list[str]]:
         UserError: there are checkpoints, and none of them is whole.
     """
     warnings: list[str] = []
-    for name in (LAST, PREVIOUS, FRESH):
-        if not (folder / name).exists():
+    for path in [*kept(folder), folder / FRESH]:
+        if not path.exists():
             continue
         try:
-            found = load(folder / name)
+            found = load(path)
         except UserError as error:
             warnings.append(str(error))
             continue
         if warnings:
-            warnings.append(f"going on from {folder / name} instead")
+            warnings.append(f"going on from {path} instead")
         return found, warnings
     if warnings:
         raise UserError(warnings[0])

@@ -54,6 +54,8 @@ FREE_ON_RESUME = frozenset(
         "train.validate_every_epochs",
         "train.log_every_steps",
         "train.jit_level",
+        "train.keep_checkpoints",
+        "train.stall_seconds",
         "train.tensorboard",
         "train.profile",
     }
@@ -367,16 +369,19 @@ class TrainConfig:
     output: str = "runs/default"  # the run's folder
     resume: str = "no"  # auto: go on from `last` where there is one; no: refuse a folder that has one
     init_from: Optional[str] = None  # a checkpoint to take the initial weights from, converted ones too: fine-tuning
+    keep_checkpoints: int = 2  # the newest so many: last, previous, previous_2 ...; best is kept beside them
     validate_every_epochs: int = 1  # and always at the end
     log_every_steps: int = 50  # a line without a terminal's bar
     sink_steps: Optional[int] = None  # steps between two looks at the device; None: 100 on Ascend, 1 on CPU
+    stall_seconds: float = 600.0  # without a step until all threads' stacks are written to the log; 0: never
     jit_level: Optional[str] = None  # O0, O1, O2; None: the release's own choice
     tensorboard: bool = False  # also write event files for TensorBoard; needs tensorboardX
     profile: Optional[str] = None  # FIRST-LAST: MindSpore's trace of these steps, counted from 1 as the log does
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "validate_every_epochs", "log_every_steps"):
+        for name in ("epochs", "validate_every_epochs", "log_every_steps", "keep_checkpoints"):
             _at_least(f"train.{name}", getattr(self, name), 1)
+        _at_least("train.stall_seconds", self.stall_seconds, 0.0)
         for name in ("stop_after_epochs", "max_steps", "sink_steps"):
             if getattr(self, name) is not None:
                 _at_least(f"train.{name}", getattr(self, name), 1)

@@ -103,7 +103,7 @@ class ImageFolder:
         empty = [name for name, images in zip(self.classes, of_class) if not images]
         if empty:
             raise UserError(
-                f"{where}: {self.root} has class folders without images: {_first(empty)}; "
+                f"{where}: {self.root} has class folders without images: {first_names(empty)}; "
                 f"images end in {' '.join(IMAGE_SUFFIXES)}"
             )
         self.names = [name for images in of_class for name in images]
@@ -169,7 +169,7 @@ def check_same_classes(train: ImageFolder, val: ImageFolder) -> None:
         UserError: naming the classes that only one of them has.
     """
     parts = [
-        f"only {folder.root} has {_first(only)}"
+        f"only {folder.root} has {first_names(only)}"
         for folder, only in (
             (train, sorted(set(train.classes) - set(val.classes))),
             (val, sorted(set(val.classes) - set(train.classes))),
@@ -813,7 +813,7 @@ class UnreadableCount:
             names = [str(self.folder.path(sample)) for sample in sorted(self.samples)]
             raise UserError(
                 f"data.train: {len(names)} of {len(self.folder)} images cannot be read ({share:.2%}; "
-                f"data.max_unreadable_share allows {self.max_share:.2%}): {_first(names)}; "
+                f"data.max_unreadable_share allows {self.max_share:.2%}): {first_names(names)}; "
                 f"{_why_unreadable(self.folder.path(min(self.samples)))}"
             )
         return [str(self.folder.path(sample)) for sample in new]
@@ -962,7 +962,7 @@ def check_masks(masks: Optional[Path], folder: ImageFolder, where: str) -> None:
     missing = [name for name in folder.names if not mask_path(masks, name).is_file()]
     if missing:
         raise UserError(
-            f"{where}: {masks} has no mask of {_first(missing)}; put it there under the image's name, as PNG"
+            f"{where}: {masks} has no mask of {first_names(missing)}; put it there under the image's name, as PNG"
         )
 
 
@@ -991,6 +991,7 @@ def object_patches(path: Path, config: Config) -> np.ndarray:
     return patch_means(np.where(mask > 127, np.uint8(255), np.uint8(0))[None], config.model.patch_size)[0]
 
 
-def _first(names: Sequence[str]) -> str:
+def first_names(names: Sequence[str]) -> str:
+    """The first few of many names, and how many there are besides, for a message."""
     more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
     return ", ".join(names[:NAMES_SHOWN]) + more

@@ -184,7 +184,7 @@ def curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
                 scale = steps_per_epoch[index] if in_epochs else 1.0
                 # A validation has a speed of its own, which is not training's.
                 of_kind = [record for record in records if ("loss" in record) == (key != "top1")]
-                points = [(record["step"] / scale, record[key]) for record in of_kind if key in record]
+                points = [(record["step"] / scale, record[key]) for record in of_kind if record.get(key) is not None]
                 if key == "images_per_second":  # nor has a first step one, which compiles: 0 is noted for it
                     points = [point for point in points if point[1] > 0]
                 if points:

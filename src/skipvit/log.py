@@ -2,6 +2,8 @@
 
 import argparse
 import contextlib
+import errno
+import faulthandler
 import io
 import json
 import os
@@ -10,7 +12,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Callable, NoReturn, Optional
 
@@ -18,7 +20,9 @@ from tqdm import tqdm
 
 from skipvit.config import UserError
 
-METRICS = "metrics.jsonl"
+EVENTS_FLUSHED_SECONDS = 1.0
+LOG, METRICS = "train.log", "metrics.jsonl"
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)  # of the disk, not of the program
 
 _log_file: Optional[Path] = None
 
@@ -60,7 +64,14 @@ def run_command(main: Callable[[Optional[Sequence[str]]], Any], argv: Optional[S
         return 2 if isinstance(error, UserError) else 1
     except BrokenPipeError:
         # The reader of our output (`| head`) has gone; nothing is wrong here.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence_output()
+        return 1
+    except OSError as error:
+        _log_traceback()
+        if error.errno not in DISK_ERRORS:
+            raise
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        _silence_output()  # it may be what is full
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
@@ -77,35 +88,88 @@ def one_line(message: Any) -> str:
 class RunLog:
     """The messages of a run, on the terminal and in ``train.log``, and its ``metrics.jsonl``.
 
+    None of them is worth a run: where one cannot be written (a full disk), the terminal says so once, and the run goes
+    on without.
+
     Args:
         folder: the run's; None writes nothing (ranks other than 0).
         step: resumed from here: metrics of later steps, which will come again, are taken out.
         tensorboard: write the metrics for TensorBoard too, below ``tensorboard/``.
+
+    Raises:
+        RunFailed: those metrics cannot be taken out.
     """
 
     def __init__(self, folder: Optional[Path], step: int = 0, tensorboard: bool = False):
         global _log_file
         self.folder, self.events = folder, None
+        self.failed: set[str] = set()
         if folder is not None:
-            _log_file = folder / "train.log"
-            _drop_metrics_after(folder, step)
-            self.events = _event_writer(folder / "tensorboard", step) if tensorboard else None
+            _log_file = folder / LOG
+            try:
+                _drop_metrics_after(folder, step)
+            except OSError as error:
+                raise RunFailed(f"{folder / METRICS}: cannot be written ({error.strerror})") from error
+            if tensorboard:
+                with self._going_on("tensorboard"):
+                    self.events = _Events(folder / "tensorboard", step)
 
     def say(self, message: str) -> None:
         """One line for people."""
         if self.folder is not None:
-            tqdm.write(message, file=sys.stdout)
-            sys.stdout.flush()
-            _append(self.folder / "train.log", f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
+            self._show(message)
+            self._log(message)
+
+    def note(self, message: str) -> None:
+        """One line for this rank's own log alone: ``train.log``, or what the launcher keeps of a rank's output."""
+        if self.folder is not None:
+            self._log(message)
+        else:
+            print(f"{_now()} {message}", flush=True)
+
+    def stacks(self) -> None:
+        """What every thread of this process is doing, for this rank's own log."""
+        with contextlib.ExitStack() as closing, self._going_on(LOG):
+            file = sys.stdout if self.folder is None else closing.enter_context(open(self.folder / LOG, "a"))
+            faulthandler.dump_traceback(file, all_threads=True)
 
     def metrics(self, record: dict[str, Any]) -> None:
         """One line for programs."""
         if self.folder is not None:
-            _append(self.folder / METRICS, json.dumps(record) + "\n")
+            with self._going_on(METRICS):
+                _append(self.folder / METRICS, json.dumps(record) + "\n")
         if self.events is not None:
             part = "validation" if "top1" in record else "training"
-            for name in record.keys() - {"step", "epoch"}:
-                self.events.add_scalar(f"{part}/{name}", record[name], record["step"])
+            values = {f"{part}/{name}": value for name, value in record.items() if name not in ("step", "epoch")}
+            with self._going_on("tensorboard"):
+                self.events.write(values, record["step"])
+            if "tensorboard" in self.failed:  # a file that ends in half a record takes no more
+                self.events = None
+
+    def _log(self, message: str) -> None:
+        if self.folder is not None:
+            with self._going_on(LOG):
+                _append(self.folder / LOG, f"{_now()} {message}\n")
+
+    def _show(self, message: str) -> None:
+        try:
+            tqdm.write(message, file=sys.stdout)
+            sys.stdout.flush()
+        except OSError as error:
+            if error.errno not in DISK_ERRORS:  # output may go to a disk, which may be full
+                raise
+
+    @contextlib.contextmanager
+    def _going_on(self, name: str) -> Iterator[None]:
+        """Go on where ``name`` cannot be written, having said so once."""
+        try:
+            yield
+        except OSError as error:
+            if name not in self.failed:
+                self.failed.add(name)
+                self._show(
+                    f"warning: {self.folder}/{name} cannot be written ({error.strerror}); the run goes on without"
+                )
 
 
 class Progress:
@@ -168,17 +232,49 @@ def git_commit() -> Optional[str]:
     return described.stdout.strip() or None
 
 
-def _event_writer(folder: Path, step: int) -> Any:
-    """TensorBoard's; MindSpore's own SummaryRecord writes another format."""
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        raise UserError(
-            "train.tensorboard: needs the package tensorboardX, which is not installed; "
-            "pip install --no-deps tensorboardX, or leave train.tensorboard out"
-        ) from None
-    # Events of later steps, of a run that ended after this one was saved, will not be shown.
-    return SummaryWriter(str(folder), purge_step=step + 1, flush_secs=1)
+class _Events:
+    """TensorBoard's files; MindSpore's own SummaryRecord writes another format.
+
+    By the writer below tensorboardX's own, whose thread dies of a full disk in silence, after which its queue fills up
+    and the next record waits for ever.
+
+    Raises:
+        UserError: tensorboardX is not installed.
+        OSError: the folder cannot be made.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        try:
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import Event, SessionLog
+            from tensorboardX.summary import scalar
+        except ImportError:
+            raise UserError(
+                "train.tensorboard: needs the package tensorboardX, which is not installed; "
+                "pip install --no-deps tensorboardX, or leave train.tensorboard out"
+            ) from None
+        folder.mkdir(parents=True, exist_ok=True)
+        self.event, self.scalar, self.flushed = Event, scalar, 0.0
+        self.writer = EventsWriter(str(folder / "events"))
+        # Events of later steps, of a run that ended after this one was saved, will not be shown.
+        self.writer.write_event(
+            Event(wall_time=time.time(), step=step + 1, session_log=SessionLog(status=SessionLog.START))
+        )
+        self.flush()
+
+    def write(self, values: dict[str, Any], step: int) -> None:
+        """Scalars of a step; those that are None are left out."""
+        for name, value in values.items():
+            if value is not None:
+                event = self.event(wall_time=time.time(), step=step, summary=self.scalar(name, value))
+                self.writer.write_event(event)
+        if time.monotonic() > self.flushed + EVENTS_FLUSHED_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Bring what was written to the disk."""
+        self.writer.flush()
+        self.flushed = time.monotonic()
 
 
 def _log_traceback() -> None:
@@ -187,9 +283,45 @@ def _log_traceback() -> None:
             _append(_log_file, traceback.format_exc())
 
 
+def _silence_output() -> None:
+    """Nothing more reaches standard output, not even what still waits in its buffer."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S")
+
+
 def _append(path: Path, text: str) -> None:
-    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(text)
+    """Write at the file's end, all of it or nothing.
+
+    Raises:
+        OSError: it could not be written; the file is as it was.
+    """
+    with open(path, "ab", buffering=0) as file:
+        size = file.tell()
+        content = text.encode(errors="backslashreplace")
+        try:
+            while content:
+                content = content[file.write(content) :]
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file: complete under its name, or not at all.
+
+    Raises:
+        OSError: it could not be written; what was at ``path`` is as it was.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _drop_metrics_after(folder: Path, step: int) -> None:
@@ -197,6 +329,4 @@ def _drop_metrics_after(folder: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [record for record in read_metrics(folder) if record["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))

@@ -4,6 +4,8 @@ What varies from step to step (learning rate, drop path, dropout seeds, random s
 graph holds no random state and no schedule, and a step is a function of its inputs and the parameters.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, amp, nn, ops
 from mindspore import dtype as mstype
@@ -16,6 +18,18 @@ from skipvit.optim import AdamW
 INITIAL_LOSS_SCALE = 2.0**16
 LOSS_SCALE_FACTOR = 2
 LOSS_SCALE_WINDOW = 2000
+# More in a row end the run: by the 16th the scale has come down to 1, and there is nothing left to lower.
+MAX_OVERFLOWS_IN_A_ROW = 30
+LARGEST_FLOAT = float(np.finfo(np.float32).max)
+
+
+class Sums(NamedTuple):
+    """What the steps since the last look add up to."""
+
+    loss: float  # of the steps that have one
+    steps: int  # how many those are: all but those that overflowed in the forward pass
+    overflows: int
+    overflows_in_a_row: int  # up to the last step, also those before the last look
 
 
 class Normalize(nn.Cell):
@@ -121,6 +135,8 @@ class TrainStep(nn.Cell):
         self.loss_sum = _state(0.0, mstype.float32, "state.loss_sum")
         self.overflows = _state(0, mstype.int32, "state.overflows")
         self.steps = _state(0, mstype.int32, "state.steps")
+        if self.scales:
+            self.overflows_in_a_row = _state(0, mstype.int32, "state.overflows_in_a_row")
 
     def construct(self, images, targets, rate, *randomness):
         """One step.
@@ -139,12 +155,18 @@ class TrainStep(nn.Cell):
         # The forward pass stands here twice and is compiled once: equal nodes are merged.
         loss = self.loss(images, targets, drop_path, seeds, scores, scale) / scale
         gradients = self.gradient(self.loss, self.weights)(images, targets, drop_path, seeds, scores, scale)
-        ops.assign_add(self.loss_sum, loss)
-        ops.assign_add(self.steps, 1)
 
         # Before check_finite, which may double the loss scale: `scale` is the parameter itself, read where it is used.
         share = 1.0 / (scale * self.accumulate_steps)
         finite = self.check_finite(gradients) if self.scales else True
+        if self.scales:
+            # An overflow in the forward pass leaves no loss to count; the step is skipped.
+            counts = ops.logical_or(finite, ops.abs(loss) <= LARGEST_FLOAT)
+            ops.assign_add(self.loss_sum, ops.select(counts, loss, ops.zeros_like(loss)))
+            ops.assign_add(self.steps, counts.astype(mstype.int32))
+        else:
+            ops.assign_add(self.loss_sum, loss)
+            ops.assign_add(self.steps, 1)
         if self.accumulate_steps == 1:
             if finite:
                 loss = ops.depend(loss, self.update(gradients, share, rate.reshape(())))
@@ -181,17 +203,23 @@ class TrainStep(nn.Cell):
             finite = self.sum_over_ranks(finite.astype(mstype.float32).reshape(1))[0] > self.ranks - 0.5
         finite = ops.depend(finite, self.scaler.adjust(finite))
         ops.assign(self.all_finite, self.all_finite * finite.astype(mstype.int32))
-        ops.assign_add(self.overflows, 1 - finite.astype(mstype.int32))
+        overflowed = 1 - finite.astype(mstype.int32)
+        ops.assign_add(self.overflows, overflowed)
+        ops.assign(self.overflows_in_a_row, (self.overflows_in_a_row + 1) * overflowed)
         return finite
 
-    def read_sums(self):
-        """Mean loss and number of overflows since the last call; the sums begin anew."""
-        steps, loss = int(self.steps.asnumpy()), float(self.loss_sum.asnumpy())
-        overflows = int(self.overflows.asnumpy())
+    def read_sums(self) -> Sums:
+        """The sums since the last call; they begin anew."""
+        sums = Sums(
+            loss=float(self.loss_sum.asnumpy()),
+            steps=int(self.steps.asnumpy()),
+            overflows=int(self.overflows.asnumpy()),
+            overflows_in_a_row=int(self.overflows_in_a_row.asnumpy()) if self.scales else 0,
+        )
         for parameter in (self.steps, self.loss_sum, self.overflows):
             # In place: set_data would part the parameter from what a graph with branches already holds of it.
             ops.assign(parameter, ops.zeros_like(parameter))
-        return loss / max(1, steps), overflows
+        return sums
 
     def read_loss_scale(self):
         """The loss scale as it stands."""

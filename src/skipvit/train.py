@@ -2,7 +2,8 @@
 
 The run's folder (train.output) gets last.ckpt, previous.ckpt, best.ckpt, config.yaml, run.json, train.log,
 metrics.jsonl, and pictures: curves.png and, where tokens skip, tokens.png. Ctrl-C or SIGTERM ends the run with
-last.ckpt written; train.resume=auto goes on from it.
+last.ckpt written; train.resume=auto goes on from it. Where the disk is full, a run that cannot write its checkpoint
+ends with exit code 1, the one before as it was; without log, metrics or pictures it goes on, and says so.
 
 The last line is JSON: top1 (percent), epochs, steps, images_per_second (over all ranks), checkpoint.
 
@@ -12,9 +13,12 @@ Example:
 """
 
 import dataclasses
+import errno
+import fcntl
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -22,7 +26,7 @@ import time
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import IO, Any, Callable, NoReturn, Optional
 
 import numpy as np
 from mindspore import Tensor, ops
@@ -35,17 +39,30 @@ from skipvit.data import (
     UnreadableCount,
     drop_path_factors,
     dropout_seeds,
+    first_names,
     resolve_folders,
     steps_per_epoch,
     to_dataset,
 )
 from skipvit.evaluate import Result, evaluate, summary
 from skipvit.inference import Classify, views
-from skipvit.log import Parser, Progress, RunFailed, RunLog, git_commit, read_metrics, run_command
+from skipvit.log import (
+    DISK_ERRORS,
+    Parser,
+    Progress,
+    RunFailed,
+    RunLog,
+    git_commit,
+    read_metrics,
+    run_command,
+    write_whole,
+)
 from skipvit.model import VisionTransformer
 from skipvit.optim import learning_rate
-from skipvit.step import TrainStep
+from skipvit.step import MAX_OVERFLOWS_IN_A_ROW, TrainStep
+from skipvit.watch import Watch
 
+LOCK = ".lock"  # held by rank 0 of the run that writes into the folder
 PICTURED = 8  # validation images in a run's picture of tokens
 
 
@@ -140,6 +157,7 @@ class Trainer:
         self.best_top1 = -1.0
         self.step_count = 0
         self.source: Optional[checkpoint.Checkpoint] = None  # of the initial weights, for a run that begins
+        self.lock: Optional[IO[str]] = None
         resumed, warnings = self.open_folder()
         self.check_same_start(resumed)
 
@@ -149,9 +167,10 @@ class Trainer:
         if resumed is not None:
             self.step_count, self.best_top1 = resumed.meta["step"], resumed.meta["best_top1"]
         self.log = RunLog(self.folder if process.rank == 0 else None, self.step_count, config.train.tensorboard)
+        self.watch = Watch(self.log, config.train.stall_seconds)
         self.classify, self.refresh_weights = self.evaluation_model()
 
-        for warning in warnings:
+        for warning in [*warnings, *self.lack_of_space()]:
             self.log.say(f"warning: {warning}")
         parameters = sum(parameter.size for parameter in self.classify.net.get_parameters())
         self.log.say(f"{config.model.name}: {parameters:,} parameters, {self.describe_tokens(self.final)}")
@@ -163,6 +182,7 @@ class Trainer:
             f"MindSpore {runtime.versions()['mindspore']} on {runtime.versions()['device']}, {config.train.precision}"
         )
         self.log.say(self.describe_schedule())
+        self.log.say(self.describe_space())
         for change in self.changes:
             self.log.say(change)
         if resumed is not None:
@@ -235,20 +255,52 @@ class Trainer:
         augmented = f"on, {repeats} times an image" if repeats > 1 else "off"
         return f"learning rate at most {scaled}; repeated augmentation {augmented}"
 
+    def bytes_of_checkpoint(self) -> int:
+        """What a checkpoint takes on the disk, but for its few kilobytes of text."""
+        return sum(parameter.nbytes for parameter in self.step.get_parameters())
+
+    def bytes_needed(self) -> int:
+        """What a run's folder takes at most: the checkpoints that are kept, ``best``, and one in the making."""
+        return (self.config.train.keep_checkpoints + 2) * self.bytes_of_checkpoint()
+
+    def describe_space(self) -> str:
+        """The space that the run takes, in words."""
+        kept = self.config.train.keep_checkpoints
+        return (
+            f"disk space: up to {self.bytes_needed() / 1e6:,.1f} MB in {self.folder}, for {kept} checkpoint"
+            f"{'s' * (kept > 1)} (train.keep_checkpoints), best and one being written, of "
+            f"{self.bytes_of_checkpoint() / 1e6:,.1f} MB each"
+        )
+
+    def lack_of_space(self) -> list[str]:
+        """A warning where the disk will be full before the run is at its end."""
+        there = sum(path.stat().st_size for path in self.folder.glob("*.ckpt"))
+        free = shutil.disk_usage(self.folder).free
+        if there + free >= self.bytes_needed():
+            return []
+        return [f"only {free / 1e6:,.1f} MB are free in {self.folder}; lower train.keep_checkpoints or make room"]
+
     def open_folder(self) -> tuple[Optional[checkpoint.Checkpoint], list[str]]:
-        """Make the run's folder, or find what to go on from in it.
+        """Make the run's folder, or find what to go on from in it; no other run has it from here on.
 
         Raises:
-            UserError: it holds a run and ``train.resume=no``, or one of another identity, or cannot be written.
+            UserError: another run is under way in it, it holds a run and ``train.resume=no``, or one of another
+                identity, or cannot be written.
+            RunFailed: the disk is full.
         """
-        resumed, warnings = checkpoint.find(self.folder)
-        if resumed is None and self.config.train.init_from is not None:
-            self.source = checkpoint.load(Path(self.config.train.init_from))
+        new = not self.folder.is_dir()
+        if new:
+            self.source = self.initial_weights()  # a mistake is told before there is a folder
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"train.output: {self.folder} cannot be made ({error.strerror}); choose another") from None
+        warnings = self.take_lock() if self.process.rank == 0 else []
+        resumed, more = checkpoint.find(self.folder)
+        warnings += more
         if resumed is None:
+            if not new:
+                self.source = self.initial_weights()
             if self.process.rank == 0:
                 self.write_description()
             return None, warnings
@@ -261,6 +313,44 @@ class Trainer:
         if self.process.rank == 0:
             self.write_description()
         return resumed, warnings
+
+    def initial_weights(self) -> Optional[checkpoint.Checkpoint]:
+        """Those of ``train.init_from``, where it is given."""
+        path = self.config.train.init_from
+        return checkpoint.load(Path(path)) if path is not None else None
+
+    def take_lock(self) -> list[str]:
+        """Keep other runs out of the folder until this process ends, however it does; warnings.
+
+        A lock of the kind that belongs to one process, so that worker processes which outlive a killed trainer hold
+        none, and that NFS passes on to its server. The file itself stays and means nothing.
+
+        Raises:
+            UserError: another run holds it, or the folder cannot be written.
+        """
+        path = self.folder / LOCK
+        try:
+            self.lock = open(path, "a")  # noqa: SIM115 - open for as long as the process runs
+        except OSError as error:
+            raise self.unwritable(error) from None
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise UserError(
+                    f"train.output: another run is under way in {self.folder}; wait for its end, or choose another"
+                ) from None
+            return [
+                f"{path}: this file system has no locks ({error.strerror}), so nothing keeps a second run out of the "
+                "folder"
+            ]
+        return []
+
+    def unwritable(self, error: OSError) -> Exception:
+        """What to raise where the folder cannot be written: a full disk is no mistake of the user's."""
+        message = f"train.output: {self.folder} cannot be written ({error.strerror}); choose another"
+        full = error.errno in DISK_ERRORS and error.errno != errno.EROFS
+        return RunFailed(f"{message}, or make room") if full else UserError(message)
 
     def check_same_start(self, resumed: Optional[checkpoint.Checkpoint]) -> None:
         """Refuse ranks that would not train the same, where servers share no run's folder, recipe or data.
@@ -307,13 +397,12 @@ class Trainer:
     def write_description(self) -> None:
         """The resolved configuration, and what it runs on."""
         try:
-            (self.folder / "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
+            checkpoint.remove_temporaries(self.folder)
+            write_whole(self.folder / "config.yaml", self.config.to_yaml())
             about = {**runtime.versions(), "git_commit": git_commit(), "ranks": self.process.ranks}
-            (self.folder / "run.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+            write_whole(self.folder / "run.json", json.dumps(about, indent=1) + "\n")
         except OSError as error:
-            raise UserError(
-                f"train.output: {self.folder} cannot be written ({error.strerror}); choose another"
-            ) from None
+            raise self.unwritable(error) from None
 
     def evaluation_model(self) -> tuple[Classify, Callable[[], None]]:
         """What is validated, and what brings its weights up to date.
@@ -353,6 +442,7 @@ class Trainer:
             self.log.say(f"nothing to do: the run already has {self.step_count} steps")
         if self.stop.agreed is not None:
             name = signal.Signals(self.stop.agreed).name
+            self.watch.close()
             self.log.say(f"stopped by {name} after step {self.step_count}; resume with train.resume=auto")
             return 128 + self.stop.agreed
         if result is None:
@@ -372,6 +462,7 @@ class Trainer:
                 f"a random choice keeps {100 * (result.random_kept or 0):.1f}%"
             )
             closing.update(object_kept=result.object_kept, random_kept=result.random_kept)
+        self.watch.close()
         if self.process.rank == 0:
             self.draw_pictures()
             print(json.dumps(closing), flush=True)
@@ -432,6 +523,7 @@ class Trainer:
         sink_steps = largest_divisor(math.gcd(self.steps_per_epoch, self.step_count, last_step), train.sink_steps or 1)
         result = None
         trace.before(self.step_count + sink_steps)
+        self.watch.done("the preparations", next_compiles=True)
         clock.start_compiling()
         for _ in runtime.sinks(self.step, to_dataset(source), sink_steps):
             self.stop.can_be_awaited = True
@@ -439,11 +531,12 @@ class Trainer:
             if first is not None:
                 self.log.say(f"first step, compilation included: {first:.1f} s")
             self.step_count += sink_steps
+            self.watch.done(f"step {self.step_count}")
             clock.pause()
             if trace.after(self.step_count):
                 self.log.say(f"trace of steps {train.profile}: {trace.folder}")
             clock.start()
-            stopping = self.note_sink(progress, clock)
+            stopping = self.note_sink(source, progress, clock)
             found = runtime.union_over_ranks(source.unreadable(), len(self.folders.train), self.process.ranks)
             for path in unreadable.update(found):
                 self.log.say(f"warning: cannot be read, the next image took its place: {path}")
@@ -454,10 +547,11 @@ class Trainer:
                 if not stopping and (at_end or epochs % train.validate_every_epochs == 0):
                     try:
                         # The last one is let finish: the run has nothing to go on with.
-                        result = self.validate(after_each_batch=(lambda: None) if at_end else self.stop_if_asked)
+                        result = self.validate(can_stop=not at_end)
                     except Stopped:
                         stopping = True
                 self.save(result)
+                self.watch.done(f"the checkpoint of step {self.step_count}")
                 clock.start()
             if at_end or stopping or self.step_count == end * self.steps_per_epoch:
                 break
@@ -491,12 +585,13 @@ class Trainer:
         images = self.global_batch * optim.accumulate_steps
         return learning_rate(optim, step, self.steps_per_epoch, self.config.train.epochs, images)
 
-    def meet(self, value: float = 0.0) -> float:
-        """The sum of all ranks' values; and all agree here whether to stop, or one would end alone."""
+    def meet(self, *values: float) -> list[float]:
+        """The sums of all ranks' values; and all agree here whether to stop, or one would end alone."""
         flags = [self.stop.received == number for number in self.stop.NUMBERS]
-        total, *counts = runtime.sum_over_ranks(np.array([value, *flags]), self.process.ranks)
+        sums = runtime.sum_over_ranks(np.array([*values, *flags], np.float64), self.process.ranks).tolist()
+        counts = sums[len(values) :]
         self.stop.agreed = next((number for number, count in zip(self.stop.NUMBERS, counts) if count), None)
-        return float(total)
+        return sums[: len(values)]
 
     def stop_if_asked(self) -> None:
         """For a long validation, in which a signal need not wait for the next step: raises `Stopped`."""
@@ -504,42 +599,77 @@ class Trainer:
         if self.stop.agreed is not None:
             raise Stopped
 
-    def note_sink(self, progress: Progress, clock: "Clock") -> bool:
+    def note_sink(self, batches: TrainBatches, progress: Progress, clock: "Clock") -> bool:
         """Look at the device once a sink, and at the other ranks; tell loss and speed.
 
         Returns:
             Whether to stop: some rank has received a signal. All ranks learn of it after the same step.
 
         Raises:
-            RunFailed: the loss is not finite.
+            RunFailed: the loss is not finite, or too many steps in a row overflowed.
         """
-        loss, overflows = self.step.read_sums()
-        loss = self.meet(loss) / self.process.ranks
-        rate = self.rate_at(self.step_count - 1)
-        if not math.isfinite(loss):
-            raise RunFailed(
-                f"the loss is {loss} at step {self.step_count}, learning rate {rate:.3e}; "
-                f"{self.folder / checkpoint.LAST} is from before; a lower optim.learning_rate or "
-                "optim.clip_norm=1 may help"
+        sums = self.step.read_sums()
+        total, steps = self.meet(sums.loss, sums.steps)
+        loss = total / steps if steps else None  # all steps of the sink overflowed, and were skipped
+        if loss is not None and not math.isfinite(loss):
+            self.fail(f"the loss is {loss}", "a lower optim.learning_rate or optim.clip_norm=1 may help", batches)
+        if sums.overflows_in_a_row > MAX_OVERFLOWS_IN_A_ROW:
+            self.fail(
+                f"the last {sums.overflows_in_a_row} steps overflowed in fp16, more than {MAX_OVERFLOWS_IN_A_ROW} in a "
+                f"row, the last at a loss scale of {self.step.read_loss_scale():g}",
+                "a lower optim.learning_rate, optim.clip_norm=1 or train.precision=fp32 may help",
+                batches,
             )
+        rate = self.rate_at(self.step_count - 1)
         epoch = (self.step_count - 1) // self.steps_per_epoch
         speed = clock.images_per_second()
-        progress.update(self.step_count, epoch, loss, rate, speed)
+        scaling = {"overflows": sums.overflows, "loss_scale": self.step.read_loss_scale()} if self.step.scales else {}
+        progress.update(self.step_count, epoch, math.nan if loss is None else loss, rate, speed)
         self.log.metrics(
             {
                 "step": self.step_count,
                 "epoch": epoch + 1,
-                "loss": round(loss, 6),
+                "loss": None if loss is None else round(loss, 6),
                 "learning_rate": rate,
                 "images_per_second": round(speed, 1),
-                **({"overflows": overflows, "loss_scale": self.step.read_loss_scale()} if self.step.scales else {}),
+                **scaling,
             }
         )
         return self.stop.agreed is not None
 
-    def validate(self, record: bool = True, after_each_batch: Callable[[], None] = lambda: None) -> Result:
-        """Top-1 and Top-5 on the validation images, told and returned; ``record``: and noted in the metrics."""
+    def fail(self, what: str, advice: str, batches: TrainBatches) -> NoReturn:
+        """End the run: what is wrong, where, what it saw last, what there is to go on from, and what may help."""
+        samples = batches.samples(self.step_count - 1 - batches.first_step)
+        names = list(dict.fromkeys(str(self.folders.train.path(sample)) for sample in samples))
+        self.log.note(f"the last batch of rank {self.process.rank}: {', '.join(names)}")
+        last = self.folder / checkpoint.LAST
+        before = f"{last} is from before" if last.exists() else "no checkpoint was written before"
+        raise RunFailed(
+            f"{what} at step {self.step_count}, learning rate {self.rate_at(self.step_count - 1):.3e}; the last batch "
+            f"was {first_names(names)}; {before}; {advice}"
+        )
+
+    def validate(self, record: bool = True, can_stop: bool = False) -> Result:
+        """Top-1 and Top-5 on the validation images, told and returned.
+
+        Args:
+            record: note them in the metrics, too.
+            can_stop: a signal need not wait for the end.
+
+        Raises:
+            Stopped: there was one.
+        """
+        batches = 0
+
+        def batch_done() -> None:
+            nonlocal batches
+            batches += 1
+            self.watch.done(f"batch {batches} of the validation after step {self.step_count}")
+            if can_stop:
+                self.stop_if_asked()
+
         self.refresh_weights()
+        self.watch.done(f"step {self.step_count}", next_compiles=True)
         result = evaluate(
             self.classify,
             self.folders.val,
@@ -549,7 +679,7 @@ class Trainer:
             masks=self.folders.masks,
             rank=self.process.rank,
             ranks=self.process.ranks,
-            after_each_batch=after_each_batch,
+            after_each_batch=batch_done,
         )
         epochs = self.step_count / self.steps_per_epoch
         self.log.say(f"epoch {epochs:g}/{self.config.train.epochs}: Top-1 {result.top1:.2f}%, Top-5 {result.top5:.2f}%")
@@ -570,11 +700,17 @@ class Trainer:
         if self.process.rank != 0:
             return
         parameters = list(self.step.get_parameters())
+        spoilt = [weight.name for weight in self.step.weights if not np.isfinite(weight.asnumpy()).all()]
+        if spoilt:  # the last update did it, and no loss has shown it yet
+            raise RunFailed(
+                f"{spoilt[0]} is not finite after step {self.step_count}, and nothing was written; a lower "
+                "optim.learning_rate or optim.clip_norm=1 may help"
+            )
         meta = self.meta()
         try:
             if better:
                 checkpoint.save(self.folder / checkpoint.BEST, parameters, meta)
-            checkpoint.save_last(self.folder, parameters, meta)
+            checkpoint.save_last(self.folder, parameters, meta, self.config.train.keep_checkpoints)
         except OSError as error:
             raise RunFailed(
                 f"{error}; the checkpoint before it is as it was, train.resume=auto goes on from it"

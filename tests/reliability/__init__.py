@@ -1,0 +1,1 @@
+"""What a run survives. ``run.py`` runs the long parts, the tests beside it the short ones."""
