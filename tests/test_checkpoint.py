@@ -156,7 +156,7 @@ def test_what_another_tool_changed_is_noticed(tmp_path):
     read = {name: value.asnumpy() for name, value in ms.load_checkpoint(str(whole)).items()}
     without = {name: value for name, value in read.items() if name != "half"}
     for entries in (without, {**read, "half": read["half"] + 1}, {**read, "more": np.zeros(1, np.float32)}):
-        with pytest.raises(UserError, match=r"b\.ckpt: its checksum does not match"):
+        with pytest.raises(UserError, match=r"b\.ckpt: .*its checksum (does not match|is not at its end)"):
             checkpoint.load(save_entries(tmp_path / "b.ckpt", entries))
     (tmp_path / "c.ckpt").write_bytes(whole.read_bytes() * 2)
     with pytest.raises(UserError, match=r"c\.ckpt: its checksum does not match"):

@@ -2,7 +2,7 @@
 
 The file holds the model's weights under their own names, the rest of the training state (``adam_m.*``, ``ema.*``,
 ``state.*`` ...), the entry ``skipvit.meta`` (JSON as bytes) and last ``skipvit.sha256``, over the file before it.
-Nothing in it is ever executed.
+Nothing in it is ever executed. Read it is without MindSpore, whose reader a file made for the purpose can crash.
 """
 
 import hashlib
@@ -10,27 +10,31 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional, Union
 
 import mindspore as ms
 import numpy as np
+import psutil
 from mindspore import Parameter, Tensor
 from mindspore import dtype as mstype
 from PIL import Image
 
-from skipvit import runtime
+from skipvit import cost
 from skipvit.config import Config, UserError, from_dict
 from skipvit.model import VisionTransformer
 
 META, DIGEST = "skipvit.meta", "skipvit.sha256"
 FORMAT = 1
-# The last entry as MindSpore writes it (protobuf: name, shape, type), up to its 32 bytes. It is written and checked
-# without MindSpore, whose reader a flipped bit can crash (seen: bus error).
+# The last entry as MindSpore writes it (protobuf: name, shape, type), up to its 32 bytes.
 DIGEST_HEADER = b"\n=\n\x0eskipvit.sha256\x12+\x08 \x12\x05UInt8\x1a "
 DIGEST_ENTRY_BYTES = len(DIGEST_HEADER) + 32
+MAX_META_BYTES = 1 << 24
+MUCH = 100_000_000  # numbers; a model that has so many more than its file does is refused before it is made
+# MindSpore's names of the types that a checkpoint of ours has.
+DTYPES = {"Float32": np.float32, "Float16": np.float16, "Int32": np.int32, "UInt8": np.uint8}
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 FRESH = ".fresh.ckpt"  # whole, and about to become last
 
@@ -139,28 +143,125 @@ def load(path: Path) -> Checkpoint:
         raise UserError(f"{path}: no such checkpoint file; a run's are <train.output>/last.ckpt and best.ckpt")
     if path.suffix != ".ckpt":
         raise UserError(f"{path}: not a checkpoint; its name would end in .ckpt")
+    content = _whole(path)
     try:
-        content = path.read_bytes()
+        arrays = _arrays(memoryview(content)[:-DIGEST_ENTRY_BYTES])
+        meta = _checked_meta(arrays.pop(META))
+        return Checkpoint(path, arrays, meta, from_dict(meta["config"]).of_phase(-1))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except Exception as error:  # whole, but not written by `save`
+        raise UserError(f"{path}: cannot be read as a checkpoint of skipvit ({type(error).__name__})") from error
+
+
+def _whole(path: Path) -> bytes:
+    """The file's content, once its end and its checksum are right.
+
+    Raises:
+        UserError: they are not, or the machine has not the memory.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            file.seek(max(0, size - DIGEST_ENTRY_BYTES))
+            if not file.read().startswith(DIGEST_HEADER):
+                raise UserError(
+                    f"{path}: no checkpoint of skipvit, or truncated, for its checksum is not at its end; "
+                    "take previous.ckpt or best.ckpt"
+                )
+            if size > psutil.virtual_memory().available:
+                raise UserError(f"{path}: its {size} bytes are more than this machine's free memory")
+            file.seek(0)
+            content = file.read(size)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    if META.encode() not in content:
-        raise UserError(f"{path}: no checkpoint of skipvit, or the mere beginning of one")
     if content[-DIGEST_ENTRY_BYTES:] != _digest_entry(memoryview(content)[:-DIGEST_ENTRY_BYTES]):
         raise UserError(
             f"{path}: its checksum does not match, the file is truncated or damaged; take previous.ckpt or best.ckpt"
         )
-    del content
-    try:
-        arrays = {name: value.asnumpy() for name, value in runtime.load_checkpoint(str(path)).items()}
-        del arrays[DIGEST]
-        meta = json.loads(arrays.pop(META).tobytes())
-        if meta["format"] != FORMAT:
-            raise UserError(f"of format {meta['format']}, this release reads {FORMAT}")
-        return Checkpoint(path, arrays, meta, from_dict(meta["config"]).of_phase(-1))
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except Exception as error:  # whole, but not written by `save`; MindSpore raises whatever its parser met
-        raise UserError(f"{path}: cannot be read as a checkpoint of skipvit ({type(error).__name__})") from error
+    return content
+
+
+def _arrays(content: memoryview) -> dict[str, np.ndarray]:
+    """Every tensor by name, from MindSpore's `checkpoint.proto`: Checkpoint{Value{tag=1, TensorProto=2}=1}.
+
+    A large tensor comes in several entries of the same name, each with the whole's shape.
+
+    Raises:
+        Exception: it is something else.
+    """
+    tensors: dict[str, tuple[list[int], str, list[memoryview]]] = {}
+    for number, value in _fields(content):
+        if number != 1:
+            raise ValueError(f"field {number} in a checkpoint")
+        entry = dict(_fields(value))
+        shape, dtype, parts = [], "", []
+        for kind, item in _fields(entry[2]):  # TensorProto: dims=1, tensor_type=2, tensor_content=3
+            if kind == 1:
+                shape.append(int(item))
+            elif kind == 2:
+                dtype = str(item, "utf-8")
+            else:
+                parts.append(item)
+        known = tensors.setdefault(str(entry[1], "utf-8"), (shape, dtype, []))
+        if known[:2] != (shape, dtype):
+            raise ValueError("two entries of one name")
+        known[2].extend(parts)
+    arrays = {}
+    for name, (shape, dtype, parts) in tensors.items():
+        # The older releases write the shape of a scalar as [0]. What the content is too short or too long for fails.
+        joined = np.frombuffer(b"".join(parts), DTYPES[dtype])
+        arrays[name] = joined.reshape([] if shape == [0] else shape)
+    return arrays
+
+
+def _fields(message: memoryview) -> Iterator[tuple[int, Any]]:
+    """Number and value of a protobuf message's fields: whole numbers and bytes, all that a checkpoint has."""
+    place = 0
+
+    def varint() -> int:
+        nonlocal place
+        number, shift = 0, 0
+        while True:
+            byte = message[place]
+            place += 1
+            number |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return number
+            if shift > 63:
+                raise ValueError("a number of more than 64 bits")
+
+    while place < len(message):
+        number, kind = divmod(varint(), 8)
+        value = varint()
+        if kind == 0:
+            yield number, value
+        elif kind == 2 and value <= len(message) - place:
+            yield number, message[place : place + value]
+            place += value
+        else:
+            raise ValueError(f"a field of kind {kind}, or one that is cut")
+
+
+def _checked_meta(encoded: np.ndarray) -> dict[str, Any]:
+    """The entry `META`, in which everything that is used later has its type.
+
+    Raises:
+        Exception: it is none.
+    """
+    if encoded.dtype != np.uint8 or encoded.size > MAX_META_BYTES:
+        raise ValueError("no meta entry")
+    meta = json.loads(encoded.tobytes())
+    if meta["format"] != FORMAT:
+        raise UserError(f"of format {str(meta['format'])[:20]}, this release reads {FORMAT}")
+    types = {"config": dict, "classes": list, "step": int, "best_top1": (int, float), "ranks": int}
+    for key in ("config", "classes", *(types.keys() & meta.keys())):
+        if not isinstance(meta[key], types[key]):
+            raise TypeError(key)
+    if not all(isinstance(name, str) for name in meta["classes"]):
+        raise TypeError("classes")
+    return meta
 
 
 def find(folder: Path) -> tuple[Optional[Checkpoint], list[str]]:
@@ -196,7 +297,7 @@ def restore(parameters: Iterable[Parameter], arrays: Mapping[str, np.ndarray], p
     """Give every parameter its value from a checkpoint.
 
     Raises:
-        UserError: one is missing or has another shape; then no parameter was changed.
+        UserError: one is missing or has another shape or kind of number; then no parameter was changed.
     """
     parameters = list(parameters)
     for parameter in parameters:
@@ -208,6 +309,8 @@ def restore(parameters: Iterable[Parameter], arrays: Mapping[str, np.ndarray], p
                 f"{path}: {parameter.name} has shape {tuple(array.shape)} there and {tuple(parameter.shape)} here; "
                 "it is of another model"
             )
+        if array.dtype.kind != mstype.dtype_to_nptype(parameter.dtype)(0).dtype.kind:
+            raise UserError(f"{path}: {parameter.name} is of type {array.dtype} there, which is no weight's")
     for parameter in parameters:
         parameter.set_data(Tensor(arrays[parameter.name], parameter.dtype))
 
@@ -291,6 +394,13 @@ def build_model(checkpoint: Checkpoint, skip: bool = True, dtype=mstype.float32)
     Raises:
         UserError: the weights are not those of the model that the configuration describes.
     """
+    model = checkpoint.config.model
+    if model.num_classes is None:
+        raise UserError(f"{checkpoint.path}: its configuration has no model.num_classes")
+    # Before memory is taken for a model that the file does not hold; what is not much fails below, by its name.
+    held = sum(array.size for array in checkpoint.arrays.values())
+    if cost.parameter_count(model) > held + MUCH:
+        raise UserError(f"{checkpoint.path}: holds {held} numbers, fewer than its configuration's model has")
     net = VisionTransformer(checkpoint.config.model, checkpoint.config.skip if skip else (), dtype)
     weights = checkpoint.weights(parameter.name for parameter in net.get_parameters())
     if checkpoint.meta["config"].get("phases"):  # a phase before the last may have had other images

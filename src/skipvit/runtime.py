@@ -165,12 +165,6 @@ def _without_log() -> Iterator[None]:
         logging.disable(level)
 
 
-def load_checkpoint(path: str):
-    """``mindspore.load_checkpoint`` without its own complaint on the terminal; a bad file raises some exception."""
-    with _without_log():
-        return ms.load_checkpoint(path)
-
-
 def wait_for(output: ms.Tensor) -> None:
     """Until the device has computed it: a graph may return before."""
     output.asnumpy()
