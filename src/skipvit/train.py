@@ -79,7 +79,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     process = runtime.start(config.train.jit_level)
     folders = resolve_folders(config)
     config = resolve(config, folders, process)
-    return Trainer(config, folders, process, stop).run()
+    trainer = Trainer(config, folders, process, stop)
+    with trainer.watch:
+        return trainer.run()
 
 
 def resolve(config: Config, folders: Folders, process: runtime.Process) -> Config:
@@ -442,7 +444,6 @@ class Trainer:
             self.log.say(f"nothing to do: the run already has {self.step_count} steps")
         if self.stop.agreed is not None:
             name = signal.Signals(self.stop.agreed).name
-            self.watch.close()
             self.log.say(f"stopped by {name} after step {self.step_count}; resume with train.resume=auto")
             return 128 + self.stop.agreed
         if result is None:
@@ -462,7 +463,6 @@ class Trainer:
                 f"a random choice keeps {100 * (result.random_kept or 0):.1f}%"
             )
             closing.update(object_kept=result.object_kept, random_kept=result.random_kept)
-        self.watch.close()
         if self.process.rank == 0:
             self.draw_pictures()
             print(json.dumps(closing), flush=True)

@@ -10,7 +10,7 @@ WHILE_COMPILING = 3.0  # so many times as long is allowed to what compiles a gra
 
 
 class Watch:
-    """A thread that looks how long ago something was done. It ends nothing.
+    """A thread that looks how long ago something was done, while the context lasts. It ends nothing.
 
     Args:
         log: of this rank.
@@ -22,7 +22,14 @@ class Watch:
         self.stalled = False
         self.closed = threading.Event()
         self.what, self.at, self.allowed = "the start", time.monotonic(), WHILE_COMPILING * stall_seconds
+
+    def __enter__(self) -> "Watch":
+        self.at = time.monotonic()
         threading.Thread(target=self._run, name="watch", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.closed.set()
 
     def done(self, what: str, next_compiles: bool = False) -> None:
         """``what`` has just been done, such as ``step 12``; ``next_compiles``: what follows has a graph to compile."""
@@ -32,10 +39,6 @@ class Watch:
         if self.stalled:
             self.stalled = False
             self._tell(f"it goes on, after {seconds:.0f} s: {what} is done")
-
-    def close(self) -> None:
-        """Nothing more will be done."""
-        self.closed.set()
 
     def _tell(self, message: str) -> None:
         """On the terminal too, where this rank has it."""

@@ -29,12 +29,17 @@ RECIPE = {
 }
 
 
+def write_inputs(work):
+    """Images and a recipe in which every kind of state is used."""
+    runs.write_images(work / "train", 4 * STEPS_AN_EPOCH + 2)
+    runs.write_images(work / "val", 7, seed=1)
+    runs.write_recipe(work / "recipe.yaml", **RECIPE)
+
+
 def prepare(work):
     """Images, a recipe, and the unbroken run with how long it was at each place; made once."""
     if not (work / "places.json").exists():
-        runs.write_images(work / "train", 4 * STEPS_AN_EPOCH + 2)
-        runs.write_images(work / "val", 7, seed=1)
-        runs.write_recipe(work / "recipe.yaml", **RECIPE)
+        write_inputs(work)
         shutil.rmtree(work / "whole", ignore_errors=True)
         ended, marks, _ = start(work, "whole")
         assert ended.returncode == 0, ended.stderr
@@ -103,10 +108,10 @@ def series(work, index, numbers, kills=IN_A_ROW):
     for _ in range(kills):
         place = chance.choice([place for place in PLACES if place in typical])
         number = chance.choice(numbers)
-        occurrence = chance.randint(2, 2 * STEPS_AN_EPOCH) if place in ("step", "elsewhere") else chance.randint(1, 2)
+        occurrence = chance.randint(2, STEPS_AN_EPOCH + 1) if place in ("step", "elsewhere") else 1
         ended, marks, seconds = start(work, output, int(number), place, occurrence, chance.uniform(0.0, typical[place]))
         if seconds is None and ended.returncode == 0:
-            break  # it had come to its end before
+            break  # it had come to its end
         trials.append({"signal": signal.Signals(number).name, "place": marks[-1][1] if marks else "the start"})
         wanted = -number if number == signal.SIGKILL else 128 + number
         if ended.returncode != wanted and not (ended.returncode == 0 and seconds < END):
