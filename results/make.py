@@ -105,7 +105,16 @@ def prediction() -> str:
     return "\n".join(lines)
 
 
-BLOCKS = {"results": table, "speed": speed, "prediction": prediction}
+def reliability() -> str:
+    """What was done to runs, and what they survived: counts of the long parts of ``tests/reliability``."""
+    lines = ["| what | tried | survived | lost | command |", "| --- | --- | --- | --- | --- |"]
+    for part in read("reliability").values():
+        counts = " | ".join(str(part[key]) for key in ("tried", "survived", "lost"))
+        lines.append(f"| {part['what']} | {counts} | [`{part['command']}`](results/reliability.json) |")
+    return "\n".join(lines)
+
+
+BLOCKS = {"results": table, "speed": speed, "prediction": prediction, "reliability": reliability}
 
 
 def filled(text: str) -> str:

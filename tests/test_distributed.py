@@ -39,12 +39,14 @@ STEPS = EPOCHS * STEPS_AN_EPOCH
 SEEDS = [["train.seed=11"], ["train.seed=97"]]  # of rank 0 and of rank 1
 
 # The real training, with an order: `overrides` of each rank's own; `kill`: [rank, step] at which it is killed, as by
-# the system when memory runs out; `hold`: where rank 0 waits for a signal, after a step or at "start" or "validation".
+# the system when memory runs out; `hold`: where rank 0 waits for a signal, after a step or at "start" or "validation";
+# `overflow`: the step in which rank 1 overflows; `pause`: [rank, step] at which it stands still for a while.
 RANK = """
-import json, os, signal, sys, time
+import json, os, signal, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
+from mindspore import Tensor, ops
 
 from skipvit import checkpoint, train
 from skipvit.log import run_command
@@ -84,6 +86,25 @@ def step(self, *_):
         (record / "killed").touch()
         os.kill(os.getpid(), signal.SIGKILL)
     hold(self, self.step_count)
+
+
+@before("note_sink")
+def overflow(self, *_):
+    # Rank 1 alone overflows in the forward pass of one step: its weights are beyond float16 then.
+    if rank == 1 and order.get("overflow") == self.step_count + 1:
+        weight = self.step.weights[0]
+        self.sound = weight.asnumpy().copy()
+        ops.assign(weight, Tensor(self.sound + 1e6))
+    if rank == 1 and order.get("overflow") == self.step_count:
+        assert (self.step.weights[0].asnumpy() == self.sound + np.float32(1e6)).all()
+        ops.assign(self.step.weights[0], Tensor(self.sound))
+
+
+@before("note_sink")
+def pause(self, *_):
+    if order.get("pause") == [rank, self.step_count]:
+        subprocess.Popen(["sh", "-c", f"sleep 8; kill -CONT {os.getpid()}"])
+        os.kill(os.getpid(), signal.SIGSTOP)
 
 
 @before("stop_if_asked")
@@ -343,6 +364,13 @@ def whole(jobs):
 
 
 @scenario
+def odd_rank(jobs):
+    """Rank 1 overflows in step 5, and stands still for 8 seconds after step 8."""
+    overrides = ("train.precision=fp16", "train.stall_seconds=2")
+    return jobs.job("odd rank", *overrides, overflow=5, pause=[1, 8])
+
+
+@scenario
 def interrupted(jobs):
     """Ctrl-C in the middle of the first validation."""
     return jobs.job("interrupted", hold="validation", send=signal.SIGINT), jobs.step("interrupted")
@@ -464,6 +492,31 @@ def test_the_log_says_what_depends_on_the_ranks(whole, lab):
     assert "3 steps an epoch of 2 x 8 images" in log
     assert "learning rate at most 0.003, not scaled by the 16 images an update; repeated augmentation off" in log
     assert log.count("warning: cannot be read, the next image took its place: some images/train/bird") == 1
+
+
+@pytest.mark.slow
+def test_an_overflow_on_one_rank_is_skipped_on_all(odd_rank, lab):
+    assert odd_rank.code == 0, odd_rank.err
+    training = {line["step"]: line for line in step_lines(lab / "odd rank")[0]}
+    assert sorted(training) == list(range(1, STEPS + 1))
+    assert training[5]["overflows"] == 1
+    assert training[5]["loss"] == pytest.approx(training[4]["loss"], rel=1), "rank 0's alone, and a number"
+    assert training[5]["loss_scale"] == training[4]["loss_scale"] / 2
+    first, second = odd_rank.states
+    for name, value in first.items():
+        if name not in ("state.loss_sum", "state.steps"):
+            np.testing.assert_array_equal(value, second[name], err_msg=name)
+    assert first["optimizer.updates"] == STEPS - sum(line["overflows"] for line in training.values())
+
+
+@pytest.mark.slow
+def test_a_rank_that_stands_still_is_reported_by_the_one_that_waits_for_it(odd_rank, lab):
+    """Which hangs in an all-reduce then: its stack is in its log, and the run goes on when the other does."""
+    written = (lab / "odd rank" / "train.log").read_text()
+    warned = written.index("warning: nothing since step 8, ")
+    stacks = written[warned : written.index("it goes on, after ", warned)]
+    assert "Current thread" in stacks
+    assert "in train_phase" in stacks
 
 
 # ------------------------------------------------------------------------------------------------ broken and resumed

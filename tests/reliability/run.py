@@ -52,6 +52,7 @@ def main(argv=None):
         lost += found["lost"]
         results = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
         results[name] = {
+            "what": part.__doc__.split("\n\n")[0].replace("\n", " "),
             "command": f"python tests/reliability/run.py {name} --count {count}",
             "date": time.strftime("%Y-%m-%d"),
             "mindspore": mindspore.__version__,
