@@ -5,6 +5,7 @@ draws nothing neither waits for it nor needs it.
 """
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,16 +84,19 @@ def check_output(path: Path) -> None:
 
 
 def write(figure: Any, path: Path) -> None:
-    """Write a figure in the format of the path's suffix.
+    """Write a figure in the format of the path's suffix: complete under its name, or not at all.
 
     Raises:
         UserError: it cannot be written.
     """
     check_output(path)
+    temporary = path.with_name(f".{path.name}.tmp")
     with _matplotlib().rc_context(STYLE):
         try:
-            figure.savefig(path)
+            figure.savefig(temporary, format=path.suffix[1:].lower())
+            os.replace(temporary, path)
         except OSError as error:
+            temporary.unlink(missing_ok=True)
             raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 

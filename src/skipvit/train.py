@@ -172,7 +172,7 @@ class Trainer:
         self.watch = Watch(self.log, config.train.stall_seconds)
         self.classify, self.refresh_weights = self.evaluation_model()
 
-        for warning in [*warnings, *self.lack_of_space()]:
+        for warning in warnings:
             self.log.say(f"warning: {warning}")
         parameters = sum(parameter.size for parameter in self.classify.net.get_parameters())
         self.log.say(f"{config.model.name}: {parameters:,} parameters, {self.describe_tokens(self.final)}")
@@ -184,7 +184,8 @@ class Trainer:
             f"MindSpore {runtime.versions()['mindspore']} on {runtime.versions()['device']}, {config.train.precision}"
         )
         self.log.say(self.describe_schedule())
-        self.log.say(self.describe_space())
+        if process.rank == 0:
+            self.say_space()
         for change in self.changes:
             self.log.say(change)
         if resumed is not None:
@@ -265,22 +266,19 @@ class Trainer:
         """What a run's folder takes at most: the checkpoints that are kept, ``best``, and one in the making."""
         return (self.config.train.keep_checkpoints + 2) * self.bytes_of_checkpoint()
 
-    def describe_space(self) -> str:
-        """The space that the run takes, in words."""
-        kept = self.config.train.keep_checkpoints
-        return (
-            f"disk space: up to {self.bytes_needed() / 1e6:,.1f} MB in {self.folder}, for {kept} checkpoint"
-            f"{'s' * (kept > 1)} (train.keep_checkpoints), best and one being written, of "
-            f"{self.bytes_of_checkpoint() / 1e6:,.1f} MB each"
+    def say_space(self) -> None:
+        """Tell the space that the run takes, and whether the disk will be full before the run is at its end."""
+        kept, needed = self.config.train.keep_checkpoints, self.bytes_needed()
+        self.log.say(
+            f"disk space: up to {needed / 1e6:,.1f} MB in {self.folder}, for {kept} checkpoint{'s' * (kept > 1)} "
+            f"(train.keep_checkpoints), best and one being written, of {self.bytes_of_checkpoint() / 1e6:,.1f} MB each"
         )
-
-    def lack_of_space(self) -> list[str]:
-        """A warning where the disk will be full before the run is at its end."""
         there = sum(path.stat().st_size for path in self.folder.glob("*.ckpt"))
         free = shutil.disk_usage(self.folder).free
-        if there + free >= self.bytes_needed():
-            return []
-        return [f"only {free / 1e6:,.1f} MB are free in {self.folder}; lower train.keep_checkpoints or make room"]
+        if there + free < needed:
+            self.log.say(
+                f"warning: only {free / 1e6:,.1f} MB are free in {self.folder}; lower train.keep_checkpoints or make room"
+            )
 
     def open_folder(self) -> tuple[Optional[checkpoint.Checkpoint], list[str]]:
         """Make the run's folder, or find what to go on from in it; no other run has it from here on.
@@ -533,8 +531,9 @@ class Trainer:
             self.step_count += sink_steps
             self.watch.done(f"step {self.step_count}")
             clock.pause()
-            if trace.after(self.step_count):
-                self.log.say(f"trace of steps {train.profile}: {trace.folder}")
+            told = trace.after(self.step_count)
+            if told is not None:
+                self.log.say(told)
             clock.start()
             stopping = self.note_sink(source, progress, clock)
             found = runtime.union_over_ranks(source.unreadable(), len(self.folders.train), self.process.ranks)
@@ -752,7 +751,7 @@ class Trace:
     """
 
     def __init__(self, steps: Optional[str], folder: Path, done: int):
-        self.folder, self.running = folder, False
+        self.steps, self.folder, self.running = steps, folder, False
         self.first, self.last = (int(step) for step in steps.split("-")) if steps else (0, 0)
         self.profiler = runtime.StepTrace(folder) if self.last > done else None
 
@@ -762,13 +761,16 @@ class Trace:
             self.profiler.start()
             self.running = True
 
-    def after(self, step: int) -> bool:
-        """A sink has ended with ``step``; whether the trace is complete now."""
+    def after(self, step: int) -> Optional[str]:
+        """A sink has ended with ``step``; what to say where the trace is complete now. A run never fails by it."""
         if self.profiler is None or not self.running or step < self.last:
-            return False
-        self.profiler.end()
-        self.profiler = None
-        return True
+            return None
+        profiler, self.profiler = self.profiler, None
+        try:
+            profiler.end()
+        except (OSError, RuntimeError) as error:
+            return f"warning: no trace of steps {self.steps}: {error}"
+        return f"trace of steps {self.steps}: {self.folder}"
 
 
 class Clock:

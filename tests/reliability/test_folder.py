@@ -13,7 +13,7 @@ import types
 import pytest
 import runs
 
-from skipvit import checkpoint, config, log, runtime, train
+from skipvit import checkpoint, config, draw, log, runtime, train
 from skipvit.config import UserError
 from skipvit.data import resolve_folders
 from skipvit.log import RunFailed, run_command
@@ -219,6 +219,32 @@ def test_log_and_metrics_end_with_a_whole_line_and_the_run_goes_on(tmp_path):
         ended = subprocess.run([*command[:3], "other", "9999999"], stdout=full, stderr=subprocess.PIPE, **options)
     assert "Traceback" not in ended.stderr
     assert len((tmp_path / "other" / "train.log").read_text().splitlines()) == 40
+
+
+def test_a_trace_that_cannot_be_written_is_a_warning(monkeypatch, tmp_path):
+    def no_space():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(runtime, "StepTrace", lambda _: types.SimpleNamespace(start=lambda: None, end=no_space))
+    trace = train.Trace("2-3", tmp_path, 0)
+    for step in (1, 2, 3, 4):
+        trace.before(step)
+        said = trace.after(step)
+        assert (said is not None) == (step == 3)
+        if said:
+            assert said == "warning: no trace of steps 2-3: [Errno 28] No space left on device"
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_one_before(monkeypatch, tmp_path):
+    def half(path, **_):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path = tmp_path / "curves.png"
+    path.write_bytes(b"before")
+    with pytest.raises(UserError, match=r"curves\.png: cannot be written \(No space left on device\)"):
+        draw.write(types.SimpleNamespace(savefig=half), path)
+    assert {item.name: item.read_bytes() for item in tmp_path.iterdir()} == {"curves.png": b"before"}
 
 
 def test_what_a_command_cannot_print_is_one_line_and_1():
