@@ -277,7 +277,8 @@ class Trainer:
         free = shutil.disk_usage(self.folder).free
         if there + free < needed:
             self.log.say(
-                f"warning: only {free / 1e6:,.1f} MB are free in {self.folder}; lower train.keep_checkpoints or make room"
+                f"warning: only {free / 1e6:,.1f} MB are free in {self.folder}; lower train.keep_checkpoints or make "
+                "room"
             )
 
     def open_folder(self) -> tuple[Optional[checkpoint.Checkpoint], list[str]]:
