@@ -260,7 +260,7 @@ class Trainer:
 
     def bytes_of_checkpoint(self) -> int:
         """What a checkpoint takes on the disk, but for its few kilobytes of text."""
-        return sum(parameter.nbytes for parameter in self.step.get_parameters())
+        return sum(parameter.asnumpy().nbytes for parameter in self.step.get_parameters())
 
     def bytes_needed(self) -> int:
         """What a run's folder takes at most: the checkpoints that are kept, ``best``, and one in the making."""
