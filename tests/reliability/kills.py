@@ -8,17 +8,17 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import runs
 
 COUNT = 60
-IN_A_ROW = 6  # kills of one run before it may end
-EPOCHS, STEPS_AN_EPOCH = 4, 6
+IN_A_ROW = 12  # signals to one run before it is let end
+EPOCHS, STEPS_AN_EPOCH = 12, 6
 PLACES = ("step", "validation", "writing best", "between", "writing last", "renaming", "elsewhere")
 PATIENCE = 120  # seconds for what takes some 10
 LONGEST = 30  # seconds from a signal to the end
-END = 10  # seconds that a signal in the last step or after it may come too late by
 MARKED = Path(__file__).with_name("marked.py")
 RECIPE = {
     "model": {"dropout": 0.1, "drop_path": 0.2},
@@ -49,7 +49,6 @@ def prepare(work):
         # The first step compiles, and so does the first validation.
         typical = {place: sorted(values)[len(values) // 2] for place, values in seconds.items() if values}
         (work / "places.json").write_text(json.dumps(typical))
-    return json.loads((work / "places.json").read_text())
 
 
 def start(work, output, *order):
@@ -86,12 +85,19 @@ def training(folder):
     return [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
 
 
-def differences(work, output):
-    """What a finished run has not in common with the unbroken one: arrays of its checkpoints, metrics, files left."""
+def differences(work, output, number=signal.SIGKILL):
+    """What a finished run has not in common with the unbroken one: arrays of its checkpoints, metrics, files left.
+
+    A validation that SIGTERM or Ctrl-C has broken off is not made up for, so `best` may be another then.
+    """
     whole, ours = work / "whole", work / output
     found = [f"last: {name}" for name in runs.differing(whole / "last.ckpt", ours / "last.ckpt")]
-    found += [f"best: {name}" for name in runs.differing(whole / "best.ckpt", ours / "best.ckpt")]
-    if training(whole) != training(ours):
+    metrics = [training(whole), training(ours)]
+    if number == signal.SIGKILL:
+        found += [f"best: {name}" for name in runs.differing(whole / "best.ckpt", ours / "best.ckpt")]
+    else:
+        metrics = [[line for line in lines if "loss" in line] for lines in metrics]
+    if metrics[0] != metrics[1]:
         found.append("metrics")
     names = [sorted(path.name for path in folder.iterdir()) for folder in (whole, ours)]
     if names[0] != names[1]:
@@ -99,51 +105,78 @@ def differences(work, output):
     return found
 
 
-def series(work, index, numbers, kills=IN_A_ROW):
-    """One run, broken ``kills`` times and then let end: each trial's signal and place, and what went wrong."""
-    typical = prepare(work)
-    chance, output = random.Random(index), f"run_{index}"
-    shutil.rmtree(work / output, ignore_errors=True)
-    trials, wrong = [], []
-    for _ in range(kills):
+class Chain:
+    """Runs one after the other, each broken up to `IN_A_ROW` times and then let end; its records outlive it."""
+
+    def __init__(self, work, index, numbers):
+        self.work, self.index, self.numbers = work, index, numbers
+        self.path = work / f"chain_{index}.jsonl"
+        self.records = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+
+    def of_kind(self, key):
+        return [record for record in self.records if key in record]
+
+    def note(self, record):
+        self.records.append(record)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+        print(json.dumps(record), flush=True)
+
+    def run(self, count):
+        """Until there are ``count`` trials, and the last of the runs has ended."""
+        while len(self.of_kind("signal")) < count or "signal" in self.records[-1]:
+            row = next((row for row, record in enumerate(reversed(self.records)) if "end" in record), len(self.records))
+            output = f"run_{self.index}_{len(self.of_kind('end'))}"
+            if row == 0:
+                shutil.rmtree(self.work / output, ignore_errors=True)
+            if row < IN_A_ROW and len(self.of_kind("signal")) < count and self.trial(output):
+                continue
+            ended, _, _ = start(self.work, output)
+            failed = [f"exit code {ended.returncode}: {ended.stderr[-500:]}"] if ended.returncode else []
+            wrong = failed or differences(self.work, output, self.numbers[0])
+            self.note({"end": output, "wrong": wrong})
+            if not wrong:
+                shutil.rmtree(self.work / output)
+
+    def trial(self, output):
+        """One start and its signal; whether that came before the end."""
+        typical = json.loads((self.work / "places.json").read_text())
+        chance = random.Random(1000 * self.index + len(self.records))
         place = chance.choice([place for place in PLACES if place in typical])
-        number = chance.choice(numbers)
+        number = chance.choice(self.numbers)
         occurrence = chance.randint(2, STEPS_AN_EPOCH + 1) if place in ("step", "elsewhere") else 1
-        ended, marks, seconds = start(work, output, int(number), place, occurrence, chance.uniform(0.0, typical[place]))
+        delay = chance.uniform(0.0, typical[place])
+        ended, marks, seconds = start(self.work, output, int(number), place, occurrence, delay)
         if seconds is None and ended.returncode == 0:
-            break  # it had come to its end
-        trials.append({"signal": signal.Signals(number).name, "place": marks[-1][1] if marks else "the start"})
+            return False  # the run came to its end before
+        wrong = []
         wanted = -number if number == signal.SIGKILL else 128 + number
-        if ended.returncode != wanted and not (ended.returncode == 0 and seconds < END):
-            wrong.append(f"exit code {ended.returncode} after {trials[-1]}: {ended.stderr[-500:]}")
+        if ended.returncode != wanted and not (ended.returncode == 0 and seconds < LONGEST):
+            wrong.append(f"exit code {ended.returncode}: {ended.stderr[-500:]}")
         elif seconds > LONGEST:
-            wrong.append(f"{seconds:.0f} s from {trials[-1]} to the end")
-    ended, _, _ = start(work, output)
-    if ended.returncode:
-        wrong.append(f"exit code {ended.returncode} at the end: {ended.stderr[-500:]}")
-    else:
-        wrong += differences(work, output)
-    if not wrong:
-        shutil.rmtree(work / output)
-    return {"trials": trials, "wrong": wrong}
+            wrong.append(f"{seconds:.0f} s from the signal to the end")
+        at = marks[-1][1] if number == signal.SIGKILL else place
+        record = {"signal": signal.Signals(number).name, "place": at, "seconds": round(seconds or 0, 2), "wrong": wrong}
+        self.note(record)
+        return True
 
 
 def run(work, count, numbers=(signal.SIGKILL,)):
-    """Series of kills until there are ``count``; those of a run before, in the same folder, count too."""
-    path = work / "series.jsonl"
-    done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    while sum(len(item["trials"]) for item in done) < count:
-        left = count - sum(len(item["trials"]) for item in done)
-        done.append(series(work, len(done), numbers, min(IN_A_ROW, left)))
-        with open(path, "a") as file:
-            file.write(json.dumps(done[-1]) + "\n")
-        print(json.dumps(done[-1]), flush=True)
-    trials = [trial for item in done for trial in item["trials"]]
-    lost = sum(len(item["trials"]) for item in done if item["wrong"])
+    """Two chains side by side; what an interrupted call has done in the same folder counts."""
+    prepare(work)
+    chains = [Chain(work, index, numbers) for index in range(2)]
+    with ThreadPoolExecutor() as executor:
+        list(executor.map(lambda chain: chain.run(count // 2 + (chain.index < count % 2)), chains))
+    trials = [record for chain in chains for record in chain.of_kind("signal")]
+    ends = [record for chain in chains for record in chain.of_kind("end")]
+    wrong = [text for record in trials + ends for text in record["wrong"]]
+    lost = len(wrong)
     return {
         "tried": len(trials),
         "survived": len(trials) - lost,
         "lost": lost,
+        "runs": len(ends),
         "places": dict(sorted(Counter(trial["place"] for trial in trials).items())),
-        "wrong": [text for item in done for text in item["wrong"]],
+        "longest_seconds_to_the_end": max(trial["seconds"] for trial in trials),
+        "wrong": wrong,
     }
