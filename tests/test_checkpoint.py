@@ -197,6 +197,54 @@ def test_what_is_no_checkpoint_is_one_line(name, make, said, tmp_path, capfd):
     assert capfd.readouterr() == ("", ""), "MindSpore's own complaints"
 
 
+def test_a_file_with_more_bytes_than_memory_is_not_read(tmp_path):
+    path = tmp_path / "vast.ckpt"
+    with open(path, "wb") as file:
+        file.truncate(1 << 40)
+    assert "its checksum is not at its end" in refusal(path)
+    with open(path, "ab") as file:
+        file.write(checkpoint.DIGEST_HEADER + bytes(32))
+    assert "more than this machine's free memory" in refusal(path)
+
+
+def reentered(content, shape, dtype="Float32", value=b"\0\0\0\0"):
+    """A checkpoint's entries and one more, as MindSpore would encode it, sealed again."""
+
+    def field(number, payload):
+        assert len(payload) < 128
+        return bytes([number * 8 + 2, len(payload)]) + payload
+
+    def varint(number):
+        return bytes([number & 127 | 128]) + varint(number >> 7) if number > 127 else bytes([number])
+
+    tensor = b"".join(b"\x08" + varint(size) for size in shape) + field(2, dtype.encode()) + field(3, value)
+    before = content[: -checkpoint.DIGEST_ENTRY_BYTES] + field(1, field(1, b"more") + field(2, tensor))
+    return before + checkpoint.DIGEST_HEADER + hashlib.sha256(before).digest()
+
+
+def test_a_sealed_file_with_false_shapes_crashes_nothing(tmp_path):
+    """MindSpore's reader copies by the shape, whatever the content's length: a file can end the process."""
+    whole, path = save(tmp_path / "whole.ckpt").read_bytes(), tmp_path / "false.ckpt"
+    path.write_bytes(reentered(whole, [1]))
+    assert checkpoint.load(path).arrays["more"].tolist() == [0.0]
+    for shape, dtype in (([2], "Float32"), ([1 << 40], "Float32"), ([1 << 63], "Float32"), ([1], "Float64")):
+        path.write_bytes(reentered(whole, shape, dtype))
+        assert "cannot be read as a checkpoint of skipvit" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    "meta", [{"classes": 7}, {"classes": ["crow", 3]}, {"step": "7"}, {"config": []}, {"best_top1": [1]}, {"ranks": None}]
+)
+def test_meta_of_other_types_is_refused(meta, tmp_path):
+    assert "cannot be read as a checkpoint of skipvit (TypeError)" in refusal(save(tmp_path / "a.ckpt", **meta))
+
+
+def test_a_model_that_the_file_does_not_hold_is_not_made(tmp_path):
+    vast = {**CONFIG.to_dict(), "model": {**CONFIG.to_dict()["model"], "embed_dim": 65_536, "depth": 1000}}
+    with pytest.raises(UserError, match=r"a\.ckpt: holds \d+ numbers, fewer than"):
+        checkpoint.build_model(checkpoint.load(save(tmp_path / "a.ckpt", config=vast)))
+
+
 def test_a_configuration_that_this_release_refuses_names_the_file(tmp_path):
     changed = {**CONFIG.to_dict(), "train": {"from_the_future": 1}}
     with pytest.raises(UserError, match=r"a\.ckpt: .*from_the_future"):
@@ -358,6 +406,7 @@ def test_find_goes_round_foreign_files(tmp_path):
         ),
         (lambda arrays: arrays.pop("head.bias"), "has no head.bias"),
         (lambda arrays: arrays.update({"head.bias": np.zeros((), np.float32)}), r"head\.bias has shape \(\) there"),
+        (lambda arrays: arrays.update({"head.bias": np.zeros(3, np.int32)}), r"head\.bias is of type int32 there"),
     ],
 )
 def test_nothing_changes_where_one_does_not_fit(change, said, net, tmp_path):

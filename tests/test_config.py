@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import re
+import time
 import typing
 from pathlib import Path
 
@@ -336,8 +337,11 @@ def test_unknown_section_names_the_nearest(recipe):
         ("data.num_workers=0", "data.num_workers: 0 is below 1"),
         ("data.mean=[0.5]", "data.mean: give three numbers, one for each of red, green, blue"),
         ("data.mean=0.5", "data.mean: 0.5 is not a list of numbers"),
-        ("data.std=[0, 1, 1]", "data.std: [0.0, 1.0, 1.0] has a value that is not above 0"),
-        ("data.val_crop_ratio=0", "data.val_crop_ratio: 0.0 is outside (0, 1]"),
+        ("data.std=[0, 1, 1]", "data.std: [0.0, 1.0, 1.0] has a value outside [0.001, 1000]"),
+        ("data.val_crop_ratio=0", "data.val_crop_ratio: 0.0 is outside [0.1, 1]"),
+        ("data.mean=[0, 124, 0]", "data.mean: [0.0, 124.0, 0.0] has a value outside [0, 1]; divide by 255"),
+        ("data.batch_size=1000000000", "data.batch_size: 1000000000 is above 1000000; give 1000000 or less"),
+        ("augment.crop_scale=[1e-9, 1]", "augment.crop_scale: [1e-09, 1.0] with crop_ratio"),
         ("data.interpolation=cubic", "data.interpolation: 'cubic' is unknown; the nearest is bicubic"),
         ("data.max_unreadable_share=2", "data.max_unreadable_share: 2.0 is outside [0, 1]"),
         ("data.worker_processes=2", "data.worker_processes: 2 is not true or false"),
@@ -485,6 +489,12 @@ def test_bad_override_of_a_list_of_spans(recipe, override, says):
         (b"train: {seed: !!bool x}", "not valid YAML: "),
         (b"train: !!python/object/apply:os.system [true]", "not valid YAML: could not determine a constructor"),
         (b"[" * 2000, "not valid YAML: "),
+        (b"train: {epochs: 3}\ntrain: {seed: 3}", "not valid YAML: line 2: 'train' is given twice in one section"),
+        (b"train: {epochs: 3, epochs: 3}", "not valid YAML: line 1: 'epochs' is given twice in one section"),
+        (b"? [a]\n: 3", "not valid YAML: line 1: a list or section cannot be a key"),
+        (b"? 0x" + b"f" * 6000 + b"\n: 3", "int: unknown key; the nearest known one is"),
+        (b"train: &t {epochs: 3}\nmodel: {<<: *t}", "model.<<: unknown key"),
+        (b"train: &t {epochs: 3}\nmodel: {!!merge x: *t}", "not valid YAML: could not determine a constructor"),
         (b"- model", "holds no sections; a recipe begins with lines such as `model:`"),
         (b"model", "holds no sections"),
         (b" " * (module.MAX_FILE_BYTES + 1), f"larger than {module.MAX_FILE_BYTES} bytes, which no recipe is"),
@@ -493,7 +503,16 @@ def test_bad_override_of_a_list_of_spans(recipe, override, says):
 def test_file_that_is_no_recipe(tmp_path, content, says):
     path = tmp_path / "recipe.yaml"
     path.write_bytes(content)
-    assert message(load, path).startswith(f"{path}: {says}")
+    assert message(load, path).removeprefix(f"{path}: ").startswith(says)
+
+
+@pytest.mark.parametrize("content", [b"[" * 60_000, b"- " * 30_000, b"{a: " * 15_000, b"k: 1\n" * 13_000])
+def test_hostile_yaml_is_refused_at_once(tmp_path, content):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content)
+    started = time.process_time()
+    assert len(message(load, path)) < 500
+    assert time.process_time() - started < 3
 
 
 def test_recipe_that_cannot_be_read(tmp_path):

@@ -1,6 +1,8 @@
 """timm's weights in and out: nothing is lost on the way, and what does not fit is refused with the reason."""
 
+import hashlib
 import json
+import os
 
 import numpy as np
 import pytest
@@ -62,6 +64,7 @@ def test_a_round_trip_is_exact(tmp_path, capsys):
         "num_classes": CLASSES,
         "image_size": IMAGE_SIZE,
         "skip": None,
+        "sha256": hashlib.sha256(source.read_bytes()).hexdigest(),
     }
     _, line = converted(capsys, "--reverse", tmp_path / "ours.ckpt", tmp_path / "back.safetensors")
     assert_same(safetensors.load_file(str(tmp_path / "back.safetensors")), ARRAYS)
@@ -263,6 +266,43 @@ def test_a_damaged_file_is_refused(damage, part, tmp_path, capsys):
     source.write_bytes(damage(source.read_bytes()))
     code = run_command(convert.main, [str(source), str(tmp_path / "out.ckpt")])
     runs.assert_bad_input(code, capsys.readouterr().err, source, part)
+
+
+def test_the_checksum_it_was_published_with_tells_damage(tmp_path, capsys):
+    source = write(tmp_path / "in.safetensors")
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    converted(capsys, source, tmp_path / "out.ckpt", "--sha256", digest.upper())
+    (tmp_path / "out.ckpt").unlink()
+    content = bytearray(source.read_bytes())
+    content[-7] ^= 1  # in the numbers: the file is sound in all else
+    source.write_bytes(content)
+    code = run_command(convert.main, [str(source), str(tmp_path / "out.ckpt"), "--sha256", digest])
+    runs.assert_bad_input(code, capsys.readouterr().err, source, digest, "damaged")
+    assert not (tmp_path / "out.ckpt").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"head.bias": np.array([0, 1, np.nan, 3, 4], np.float32)}, "head.bias has values that are no finite numbers"),
+        ({"pos_embed": np.zeros((1, 0, 192), np.float32)}, "pos_embed has 0 places"),
+        ({"head.weight": np.zeros((), np.float32)}, "is no Vision Transformer"),
+    ],
+)
+def test_tensors_of_absurd_shape_or_value_are_refused(changes, part, tmp_path, capsys):
+    source = write(tmp_path / "in.safetensors", **changes)
+    code = run_command(convert.main, [str(source), str(tmp_path / "out.ckpt")])
+    runs.assert_bad_input(code, capsys.readouterr().err, source, part)
+
+
+def test_a_config_json_that_is_no_small_file_is_passed_over(tmp_path, capsys):
+    source = write(tmp_path / "vit.safetensors")
+    for content in (b"[" * 60_000, b" " * 1_000_000, None):
+        beside = tmp_path / "config.json"
+        beside.unlink(missing_ok=True)
+        os.mkfifo(beside) if content is None else beside.write_bytes(content)
+        said, _ = converted(capsys, source, tmp_path / "ours.ckpt")
+        assert "for want of a config.json" in said[-1]
 
 
 @pytest.mark.parametrize(

@@ -309,7 +309,7 @@ def restore(parameters: Iterable[Parameter], arrays: Mapping[str, np.ndarray], p
                 f"{path}: {parameter.name} has shape {tuple(array.shape)} there and {tuple(parameter.shape)} here; "
                 "it is of another model"
             )
-        if array.dtype.kind != mstype.dtype_to_nptype(parameter.dtype)(0).dtype.kind:
+        if (array.dtype.kind == "f") != str(parameter.dtype).startswith("Float"):
             raise UserError(f"{path}: {parameter.name} is of type {array.dtype} there, which is no weight's")
     for parameter in parameters:
         parameter.set_data(Tensor(arrays[parameter.name], parameter.dtype))

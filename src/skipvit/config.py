@@ -60,8 +60,23 @@ FREE_ON_RESUME = frozenset(
         "train.profile",
     }
 )
-MAX_FILE_BYTES = 1 << 20
+MAX_FILE_BYTES = 1 << 16
+MAX_DEPTH = 20  # of lists and sections within each other
 MAX_INT = 2**31 - 1
+# Beyond these lies no model or machine: what follows is a slip or an attack, and would take all memory or time.
+LARGEST = {
+    "model.image_size": 16_384,
+    "model.embed_dim": 65_536,
+    "model.depth": 1_000,
+    "model.num_classes": 1_000_000,
+    "phases.image_size": 16_384,
+    "data.batch_size": 1_000_000,
+    "data.num_workers": 1_000,
+    "augment.shift_pixels": 16_384,
+    "augment.rand_augment_layers": 100,
+    "augment.mixup": 1_000.0,
+    "augment.cutmix": 1_000.0,
+}
 
 
 class UserError(Exception):
@@ -71,12 +86,31 @@ class UserError(Exception):
 class _Loader(yaml.SafeLoader):
     """Safe YAML in which, as in its version 1.2, only true and false are booleans, and a date is text.
 
-    Version 1.1, PyYAML's, takes the `no` of ``train.resume=no`` for false.
+    Version 1.1, PyYAML's, takes the `no` of ``train.resume=no`` for false. A key may be given once, where PyYAML takes
+    the last silently, and `<<` merges nothing: merges of merges grow without bound.
     """
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        seen = set()
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise ValueError(f"line {line}: a list or section cannot be a key")
+            if key.value in seen:
+                raise ValueError(f"line {line}: {_short(key.value)} is given twice in one section")
+            seen.add(key.value)
+
+    def compose_node(self, parent: Optional[yaml.Node], index: Any) -> Optional[yaml.Node]:
+        self.depth = getattr(self, "depth", 0) + 1
+        if self.depth > MAX_DEPTH:  # the scanner's time grows with the square of it
+            raise ValueError(f"nested more than {MAX_DEPTH} deep")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":timestamp"))]
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":timestamp", ":merge"))]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
@@ -91,7 +125,7 @@ def parse_yaml(text: Union[str, bytes]) -> Any:
     try:
         return yaml.load(text, _Loader)
     except Exception as error:  # a value that its tag does not fit (`!!bool x`) raises nearly any kind
-        raise ValueError(" ".join(str(error).split())) from None
+        raise ValueError(" ".join(str(error).split())[:300]) from None
 
 
 @dataclass(frozen=True)
@@ -273,13 +307,15 @@ class DataConfig:
         _within("data.max_unreadable_share", self.max_unreadable_share, 0.0, 1.0, "[0, 1]")
         if self.global_batch_size is not None:
             _at_least("data.global_batch_size", self.global_batch_size, 1)
-        if not 0 < self.val_crop_ratio <= 1:
-            raise UserError(f"data.val_crop_ratio: {self.val_crop_ratio} is outside (0, 1]; 0.875 is usual")
+        if not 0.1 <= self.val_crop_ratio <= 1:
+            raise UserError(f"data.val_crop_ratio: {self.val_crop_ratio} is outside [0.1, 1]; 0.875 is usual")
         for name in ("mean", "std"):
             if len(getattr(self, name)) != 3:
                 raise UserError(f"data.{name}: give three numbers, one for each of red, green, blue")
-        if min(self.std) <= 0:
-            raise UserError(f"data.std: {list(self.std)} has a value that is not above 0")
+        if not all(0 <= value <= 1 for value in self.mean):
+            raise UserError(f"data.mean: {list(self.mean)} has a value outside [0, 1]; divide by 255")
+        if not all(1e-3 <= value <= 1e3 for value in self.std):
+            raise UserError(f"data.std: {list(self.std)} has a value outside [0.001, 1000]; pixels are in 0..1")
 
 
 @dataclass(frozen=True)
@@ -316,6 +352,11 @@ class AugmentConfig:
             low_high = getattr(self, name)
             if len(low_high) != 2 or not 0 < low_high[0] <= low_high[1]:
                 raise UserError(f"augment.{name}: {list(low_high)} is not [low, high] with 0 < low <= high")
+        if self.crop_scale[0] < 1e-6 or not 1e-3 <= self.crop_ratio[0] <= self.crop_ratio[1] <= 1e3:
+            raise UserError(
+                f"augment.crop_scale: {list(self.crop_scale)} with crop_ratio {list(self.crop_ratio)} leaves no box; "
+                "[0.08, 1.0] and [0.75, 1.333] are usual"
+            )
         if self.crop_scale[1] > 1:
             raise UserError(f"augment.crop_scale: {list(self.crop_scale)} is more than the whole image, 1.0")
 
@@ -513,7 +554,7 @@ def from_dict(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
     sections = [item.name for item in dataclasses.fields(Config)]
     for key in raw:
         if key not in sections:
-            raise UserError(_unknown(str(key), sections + _all_keys()))
+            raise UserError(_unknown(_key_text(key), sections + _all_keys()))
     model = model_config(**_section(raw, "model"))
     return Config(
         model=model,
@@ -673,7 +714,7 @@ def _section(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
         return {}
     if not isinstance(section, Mapping):
         raise UserError(f"{name}: {_short(section)} is no section; give keys such as {_keys_of(name)[0]}")
-    return {str(key): value for key, value in section.items()}
+    return {_key_text(key): value for key, value in section.items()}
 
 
 def _build(cls: Any, mapping: Any, where: str) -> Any:
@@ -682,8 +723,13 @@ def _build(cls: Any, mapping: Any, where: str) -> Any:
     hints = typing.get_type_hints(cls)
     for key in mapping:
         if key not in hints:
-            raise UserError(_unknown(f"{where}.{key}", _all_keys()))
-    return cls(**{key: _convert(value, hints[key], f"{where}.{key}") for key, value in mapping.items()})
+            raise UserError(_unknown(f"{where}.{_key_text(key)}", _all_keys()))
+    values = {key: _convert(value, hints[key], f"{where}.{key}") for key, value in mapping.items()}
+    for key, value in values.items():
+        largest = LARGEST.get(f"{where.split('.')[0]}.{key}")
+        if largest is not None and value is not None and value > largest:
+            raise UserError(f"{where}.{key}: {value} is above {largest}; give {largest} or less")
+    return cls(**values)
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
@@ -762,6 +808,10 @@ def _within(where: str, value: float, low: float, high: float, bounds: str) -> N
 def _nearest_divisor(number: int, wanted: int) -> int:
     small = [item for item in range(1, math.isqrt(number) + 1) if number % item == 0]
     return min(small + [number // item for item in small], key=lambda item: abs(item - wanted))
+
+
+def _key_text(key: Any) -> str:
+    return key if isinstance(key, str) else _short(key)
 
 
 def _short(value: Any) -> str:

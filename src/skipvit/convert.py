@@ -6,6 +6,9 @@ image size in pixels a side (the position embedding is resampled). What the pixe
 config.json beside the file, as the Hugging Face hub has it, otherwise from the name: deit_* ImageNet's mean and
 deviation, vit_* one half; data.mean and data.std set it.
 
+The format has no checksum: --sha256 takes the one that the weights were published with. Without it what is damaged in the
+numbers themselves goes unnoticed, and the file's own checksum stands in the JSON line, to be compared by eye.
+
 Backwards it writes the weights under timm's names, which timm loads strictly; of a run with a moving average, that.
 
 The last line is JSON: what was written, and of which sizes.
@@ -13,9 +16,11 @@ The last line is JSON: what was written, and of which sizes.
 Example:
   python -m skipvit.convert deit_small_patch16_224.safetensors deit_small.ckpt --classes imagenet/val
   python -m skipvit.convert model.safetensors start.ckpt skip.start=3 skip.end=11 model.num_classes=10
+  python -m skipvit.convert model.safetensors start.ckpt --sha256 5e5e9bcc...
   python -m skipvit.convert --reverse runs/cifar10/best.ckpt weights.safetensors
 """
 
+import hashlib
 import json
 import math
 import os
@@ -25,9 +30,10 @@ from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
+import psutil
 
 from skipvit import checkpoint, runtime
-from skipvit.config import SIZES, Config, DataConfig, UserError, from_dict
+from skipvit.config import MAX_FILE_BYTES, SIZES, Config, DataConfig, UserError, from_dict
 from skipvit.data import ImageFolder
 from skipvit.log import Parser, run_command
 from skipvit.model import VisionTransformer
@@ -59,6 +65,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         help="the classes' names in the logits' order: a text file with one a line, or an image folder "
         "<class>/<image>, sorted (default: their numbers)",
     )
+    parser.add_argument("--sha256", metavar="DIGEST", help="of IN, 64 hexadecimal digits: another file is refused")
     arguments = parser.parse_args(argv)
     suffixes = (".ckpt", ".safetensors") if arguments.reverse else (".safetensors", ".ckpt")
     for path, suffix in zip((arguments.source, arguments.target), suffixes):
@@ -67,19 +74,24 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             raise UserError(f"{path}: its name does not end in {suffix}, as it must {way} --reverse")
     if not arguments.target.parent.is_dir():
         raise UserError(f"{arguments.target}: {arguments.target.parent} is not a folder; make it first")
-    if arguments.reverse and (arguments.overrides or arguments.classes):
-        raise UserError("--reverse: takes a checkpoint as it is; leave key=value and --classes out")
+    if arguments.reverse and (arguments.overrides or arguments.classes or arguments.sha256):
+        raise UserError("--reverse: takes a checkpoint as it is; leave key=value, --classes and --sha256 out")
     runtime.start()
     summary = (
         to_timm(arguments.source, arguments.target)
         if arguments.reverse
-        else from_timm(arguments.source, arguments.target, arguments.overrides, arguments.classes)
+        else from_timm(arguments.source, arguments.target, arguments.overrides, arguments.classes, arguments.sha256)
     )
     print(json.dumps(summary))
 
 
-def from_timm(path: Path, target: Path, overrides: Sequence[str], classes: Optional[Path]) -> dict[str, Any]:
+def from_timm(
+    path: Path, target: Path, overrides: Sequence[str], classes: Optional[Path], sha256: Optional[str] = None
+) -> dict[str, Any]:
     """Write the checkpoint; the JSON line's content."""
+    digest = digest_of(path)
+    if sha256 is not None and sha256.lower() != digest:
+        raise UserError(f"{path}: its SHA-256 is {digest}, not {sha256[:64]}; the file is damaged or another")
     arrays = read(path)
     data, said = preprocessing(path)
     config = from_dict({"model": architecture(path, arrays, overrides), "data": data}, overrides)
@@ -95,25 +107,43 @@ def from_timm(path: Path, target: Path, overrides: Sequence[str], classes: Optio
     meta = {
         "config": config.to_dict(),
         "classes": class_names(classes, config.model.num_classes),
-        "converted_from": path.name,
+        "converted_from": {"name": path.name, "sha256": digest},
         **runtime.versions(),
     }
     try:
         checkpoint.save(target, net.get_parameters(), meta)
     except OSError as error:
         raise UserError(str(error)) from None
-    return {"checkpoint": str(target), **sizes(config), "skip": config.to_dict()["skip"]}
+    return {"checkpoint": str(target), **sizes(config), "skip": config.to_dict()["skip"], "sha256": digest}
+
+
+def digest_of(path: Path) -> str:
+    """The file's SHA-256, in hexadecimal digits.
+
+    Raises:
+        UserError: no such file, or it is larger than the memory.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give timm's weights as .safetensors")
+    try:
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size > psutil.virtual_memory().available:
+                raise UserError(f"{path}: is larger than this machine's free memory")
+            digest = hashlib.sha256()
+            while block := file.read(1 << 20):
+                digest.update(block)
+            return digest.hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
     """The tensors of a safetensors file as float32; its reader refuses a size that does not add up.
 
     Raises:
-        UserError: no such file, not safetensors, or tensors that a ViT of ours has not.
+        UserError: not safetensors, tensors that a ViT of ours has not, or values that are no numbers.
     """
     safetensors = _safetensors()
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give timm's weights as .safetensors")
     try:
         with safetensors.safe_open(str(path), framework="numpy") as file:
             for name in file.keys():  # noqa: SIM118 - it is no mapping
@@ -123,23 +153,27 @@ def read(path: Path) -> dict[str, np.ndarray]:
                 dtype = file.get_slice(name).get_dtype()
                 if dtype not in DTYPES:
                     raise UserError(f"{path}: {name} is of type {dtype}; save the weights as F32 or F16 first")
-            return {name: file.get_tensor(name).astype(np.float32) for name in file.keys()}  # noqa: SIM118
+            arrays = {name: file.get_tensor(name).astype(np.float32) for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(f"{path}: cannot be read as safetensors ({error})") from None
+    spoilt = next((name for name, array in arrays.items() if not np.isfinite(array).all()), None)
+    if spoilt is not None:
+        raise UserError(f"{path}: {spoilt} has values that are no finite numbers; the weights are spoilt")
+    return arrays
 
 
 def architecture(path: Path, arrays: Mapping[str, np.ndarray], overrides: Sequence[str]) -> dict[str, Any]:
     """The section ``model`` that the tensors' shapes tell; a span among the overrides makes it a ``skipvit_*``."""
     shapes = {name: array.shape for name, array in arrays.items()}
     patches, positions = shapes.get("patch_embed.proj.weight", ()), shapes.get("pos_embed", ())
-    if "cls_token" not in shapes or len(patches) != 4 or len(positions) != 3:
+    if "cls_token" not in shapes or len(patches) != 4 or len(positions) != 3 or shapes.get("head.weight") == ():
         raise UserError(f"{path}: is no Vision Transformer with a CLS token as timm names it")
     embed_dim, _, patch_size, _ = patches
     size = next((name for name, (width, _, _) in SIZES.items() if width == embed_dim), None)
     if size is None:
         widths = ", ".join(f"{name} {width}" for name, (width, _, _) in SIZES.items())
         raise UserError(f"{path}: tokens of width {embed_dim} are none of the models' here: {widths}")
-    grid = math.isqrt(positions[1] - 1)
+    grid = math.isqrt(max(1, positions[1]) - 1)
     if 1 + grid**2 != positions[1]:
         raise UserError(f"{path}: pos_embed has {positions[1]} places, which is not CLS and a square of patches")
     head = {"num_classes": shapes["head.weight"][0]} if "head.weight" in shapes else {}
@@ -157,10 +191,12 @@ def preprocessing(path: Path) -> tuple[dict[str, Any], str]:
     """Keys of the section ``data``, and where they come from, in words."""
     beside = path.with_name("config.json")
     try:
+        if not beside.is_file() or beside.stat().st_size > MAX_FILE_BYTES:
+            raise ValueError
         given = json.loads(beside.read_text(encoding="utf-8"))["pretrained_cfg"]
         keys = {"mean": "mean", "std": "std", "interpolation": "interpolation", "crop_pct": "val_crop_ratio"}
         return {ours: given[theirs] for theirs, ours in keys.items()}, f"from {beside}"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     half = path.name.startswith("vit_")
     mean, std = ([0.5] * 3, [0.5] * 3) if half else (list(DataConfig.mean), list(DataConfig.std))
