@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Callable, NoReturn, Optional
@@ -50,6 +51,7 @@ def run_command(main: Callable[[Optional[Sequence[str]]], Any], argv: Optional[S
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A file name may be no text, or none that the terminal's encoding has.
         sys.stdout.reconfigure(errors="backslashreplace")
+    warnings.filterwarnings("ignore", "Image size .* could be decompression bomb")  # Pillow's; we refuse those
     try:
         code = main(argv)
         return 0 if code is None else code
