@@ -4,8 +4,9 @@
 
 `forward_features` gives every patch's token in image order, also of the patches that skipped the middle blocks. A
 linear head is trained on the tokens of `clutter`'s training pictures, the network as it is, and tried on unseen
-pictures: on the patches that were kept and on those that skipped. Beside it, for comparison, the same head on what each
-patch was before the first block. Balanced accuracy is the mean of two shares, of object patches and of background
+pictures: on the patches that were kept and on those that skipped. Beside it, for comparison, a head on what each patch
+was before the first block; and the first head on each picture's tokens in a random order, so that only a token in its
+place can be told right. Balanced accuracy is the mean of two shares, of object patches and of background
 patches that are told right: 50% for a head that knows nothing, whatever it answers. Last a line of JSON.
 """
 
@@ -19,6 +20,7 @@ from mindspore import Tensor, nn
 import skipvit
 from skipvit import clutter, runtime
 from skipvit.data import ImageFolder, evaluation_image, mask_path, object_patches, open_image
+from skipvit.log import run_command
 
 BATCH_SIZE, STEPS, PATCHES_A_STEP = 50, 400, 2048
 
@@ -79,20 +81,32 @@ def main(checkpoint, pictures=1000, root=None):
         look(tokens, saved.config, ImageFolder(root / part), root / "masks" / part, pictures)
         for part in ("train", "val")
     )
-    is_object, kept = val[2:]
+    tokens_of_val, embedded, is_object, kept = val
+    places = np.arange(len(kept)).reshape(-1, saved.config.model.num_patches)
+    shuffled = tokens_of_val[np.random.default_rng(0).permuted(places, axis=1).reshape(-1)]
+    head, head_of_embeddings = train_head(train[0], train[2]), train_head(train[1], train[2])
     result = {}
-    for name, column in (("token", 0), ("embedding", 1)):
-        head = train_head(train[column], train[2])
-        told = head(Tensor(val[column])).asnumpy().argmax(1) == 1
+    for name, trained, rows in (
+        ("token", head, tokens_of_val),
+        ("embedding", head_of_embeddings, embedded),
+        ("shuffled", head, shuffled),
+    ):
+        told = trained(Tensor(rows)).asnumpy().argmax(1) == 1
         for which, chosen in (("kept", kept), ("skipped", ~kept)):
             result[f"{name}_{which}"] = balanced_accuracy(told[chosen], is_object[chosen])
     result["object_share_kept"] = round(100 * float(is_object[kept].mean()), 1)
     result["object_share_skipped"] = round(100 * float(is_object[~kept].mean()), 1)
-    print("balanced accuracy            kept patches   skipped patches")
-    print(f"from the tokens              {result['token_kept']:11.1f}%   {result['token_skipped']:14.1f}%")
-    print(f"from the patches themselves  {result['embedding_kept']:11.1f}%   {result['embedding_skipped']:14.1f}%")
+    print("balanced accuracy                kept patches   skipped patches")
+    for name, source in (
+        ("token", "from the tokens"),
+        ("embedding", "from the patches themselves"),
+        ("shuffled", "from tokens in another order"),
+    ):
+        print(f"{source:32} {result[name + '_kept']:11.1f}%   {result[name + '_skipped']:14.1f}%")
     print(json.dumps(result))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    sys.exit(run_command(lambda _: main(sys.argv[1])))

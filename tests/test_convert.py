@@ -1,5 +1,6 @@
 """timm's weights in and out: nothing is lost on the way, and what does not fit is refused with the reason."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -10,7 +11,7 @@ import reference
 import runs
 from mindspore import Parameter, Tensor
 
-from skipvit import checkpoint, config, convert, runtime
+from skipvit import checkpoint, config, convert, model, runtime
 from skipvit.inference import Classify, look
 from skipvit.log import run_command
 
@@ -207,6 +208,17 @@ def test_a_config_json_beside_it_knows_better_and_an_override_best(tmp_path, cap
     data = checkpoint.load(tmp_path / "ours.ckpt").config.data
     assert (data.mean, data.std) == ((0.1, 0.2, 0.3), (1.0, 1.0, 1.0))
     assert (data.interpolation, data.val_crop_ratio) == ("bilinear", 0.95)
+
+
+def test_a_run_stopped_while_its_images_were_smaller_goes_out_at_the_last_size(tmp_path, capsys):
+    recipe = config.from_dict({**runs.RECIPE, "phases": [{"share": 0.5, "image_size": 8}, {"share": 0.5}]})
+    recipe = recipe.replace(model=dataclasses.replace(recipe.model, num_classes=2))
+    small = model.VisionTransformer(recipe.of_phase(0).model)
+    checkpoint.save(tmp_path / "a.ckpt", small.get_parameters(), {"config": recipe.to_dict(), "classes": ["a", "b"]})
+    _, line = converted(capsys, "--reverse", tmp_path / "a.ckpt", tmp_path / "out.safetensors")
+    assert line["timm"][1]["img_size"] == 16
+    out = safetensors.load_file(str(tmp_path / "out.safetensors"))
+    assert out["pos_embed"].shape == (1, 1 + runs.PATCH_COUNT, 16)
 
 
 # ------------------------------------------------------------------------------------------------- bad input

@@ -183,6 +183,9 @@ def test_the_dense_head_learns_from_the_tokens(tmp_path, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     result = segment_clutter.json.loads(lines[-1])
     assert set(result) == {
-        *(f"{source}_{which}" for source in ("token", "embedding", "object_share") for which in ("kept", "skipped"))
+        f"{source}_{which}"
+        for source in ("token", "embedding", "shuffled", "object_share")
+        for which in ("kept", "skipped")
     }
     assert result["token_kept"] > 55, "better than chance, even with random weights"
+    assert result["token_kept"] > result["shuffled_kept"] + 5

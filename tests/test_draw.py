@@ -1,6 +1,7 @@
 """Pictures: what stands in them is what was given, and they can be written."""
 
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -90,6 +91,17 @@ def test_every_image_is_in_the_grid_once(images):
     assert len(shown) == 3 * images
     for seed in range(images):
         assert any(np.array_equal(pixels, view(seed).image) for pixels, _ in shown)
+
+
+def test_any_name_can_be_drawn(tmp_path):
+    """Also what matplotlib would take for a formula, or has no letters for."""
+    for name in ("$x^$", "Größe", "鸟\t_"):
+        shown = view()._replace(class_name=name)
+        figure = draw.tokens([draw.Row("a", [shown])])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph")
+            draw.write(figure, tmp_path / "a.png")
+        assert panels(figure)[0][1] == f"{name} 25%"
 
 
 # --------------------------------------------------------------------------------------------------- curves

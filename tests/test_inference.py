@@ -1,5 +1,7 @@
 """What the commands see of images: in order, whatever the batch, and as the NumPy reference sees it."""
 
+import os
+
 import numpy as np
 import pytest
 import runs
@@ -101,8 +103,11 @@ def test_images_and_folders_of_them_in_order(scene, tmp_path):
     assert inference.list_images([tmp_path / "b.png", root / "images"]) == [tmp_path / "b.png", *paths]
 
 
-@pytest.mark.parametrize(("name", "said"), [("no.png", "no such file"), ("empty", "holds no images")])
+@pytest.mark.parametrize(
+    ("name", "said"), [("no.png", "no such file"), ("pipe.png", "no such file"), ("empty", "holds no images")]
+)
 def test_a_path_without_images_is_named(name, said, tmp_path):
     (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(UserError, match=f"{tmp_path / name}: .*{said}"):
         inference.list_images([tmp_path / name])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import runs
+from PIL import Image
 
 from skipvit import log
 from skipvit.config import UserError
@@ -63,6 +64,17 @@ def test_the_traceback_goes_to_the_log_of_a_run_that_had_begun(error, tmp_path, 
     assert "Traceback" in written
     assert str(error) in written
     assert "Traceback" not in "".join(capsys.readouterr())
+
+
+def test_pillows_warning_of_a_vast_image_stands_in_no_commands_way(recwarn):
+    """It is refused with a reason anyway."""
+
+    def main(argv):
+        with Image.open(io.BytesIO(b"P1 9500 9500 ")) as image:
+            assert image.size == (9500, 9500)
+
+    assert log.run_command(main) == 0
+    assert not recwarn.list
 
 
 def test_a_bug_is_not_hidden_and_is_in_the_log_too(tmp_path):

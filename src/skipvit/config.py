@@ -132,13 +132,13 @@ def parse_yaml(text: Union[str, bytes]) -> Any:
 class ModelConfig:
     """The Vision Transformer. Sizes left out follow from ``name``."""
 
-    name: str = "skipvit_small_patch16_224"
+    name: str = "skipvit_small_patch16_224"  # vit_* or skipvit_*, of tiny, small, base
     num_classes: Optional[int] = None  # None: as many as the training folder has
     image_size: int = 224  # pixels a side
     patch_size: int = 16  # pixels a side
-    embed_dim: int = 384  # width of a token
+    embed_dim: int = 384  # width of a token; tiny has 192, base 768
     depth: int = 12  # blocks
-    num_heads: int = 6
+    num_heads: int = 6  # of each attention; tiny has 3, base 12
     mlp_ratio: float = 4.0  # the MLP's hidden width over embed_dim
     dropout: float = 0.0  # share of token values zeroed after the embedding, each projection and each MLP layer
     drop_path: float = 0.0  # share of samples whose residual branch is left out in the last block; linear from 0
@@ -186,10 +186,8 @@ class SkipConfig:
     end: int = 11  # first block after the span; equal to the depth: rejoin before the final norm
     keep_ratio: float = 0.45  # share of the patch tokens that is kept
     align: int = 1  # the kept length is rounded up to a multiple of this (16 on Ascend's cube unit)
-    score: str = "cls_attention"  # what makes a patch worth keeping, one of SCORES (tokens.py has their sources)
-    # What becomes of the skipped tokens: they rejoin before block `end`, or are dropped for good, or dropped with one
-    # token, their sum weighted by score, in their place (fuse).
-    skipped: str = "rejoin"
+    score: str = "cls_attention"  # what makes a patch worth keeping; README names them, tokens.py has their sources
+    skipped: str = "rejoin"  # rejoin before block `end`, drop for good, or fuse: one token, their weighted sum, for all
 
     def __post_init__(self) -> None:
         _one_of("skip.score", self.score, SCORES)
@@ -371,9 +369,9 @@ class OptimConfig:
     warmup_learning_rate: float = 1e-6  # at step 0
     min_learning_rate: float = 1e-5  # at the end of the cosine
     weight_decay: float = 0.05  # not on norms, biases, CLS token and position embedding
-    beta1: float = 0.9
-    beta2: float = 0.999
-    epsilon: float = 1e-8
+    beta1: float = 0.9  # AdamW's, of the gradient's moving average
+    beta2: float = 0.999  # of its square's
+    epsilon: float = 1e-8  # added to the square's root
     clip_norm: Optional[float] = None  # largest global norm of the gradient; None: no clipping
     accumulate_steps: int = 1  # steps whose gradients one update averages
     ema_decay: float = 0.0  # of the moving average of the weights; 0: none is kept

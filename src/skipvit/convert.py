@@ -227,8 +227,8 @@ def to_timm(path: Path, target: Path) -> dict[str, Any]:
     """Write a checkpoint's weights; the JSON line's content."""
     safetensors = _safetensors()
     saved = checkpoint.load(path)
-    net = VisionTransformer(saved.config.model)
-    weights = saved.weights(parameter.name for parameter in net.get_parameters())
+    net = checkpoint.build_model(saved)
+    weights = {parameter.name: parameter.asnumpy() for parameter in net.get_parameters()}
     if saved.config.model.gelu != "exact":
         print(f"timm's GELU is exact, this model's is the {saved.config.model.gelu} form: timm's logits will differ")
     temporary = target.with_name(f".{target.stem}.{os.getpid()}.safetensors")

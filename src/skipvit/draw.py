@@ -17,7 +17,7 @@ from skipvit.config import UserError
 
 SUFFIXES = (".png", ".pdf", ".svg")
 DIMMED = 0.8  # share of white in what skipped
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.titlesize": 8,
     "axes.labelsize": 8,
@@ -29,7 +29,10 @@ STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 8,
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a class may be called `$`
 }
+# For Chinese, Japanese and Korean names; the first of these that the machine has.
+CJK_FONTS = ("Noto Sans CJK SC", "Source Han Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "SimHei")
 PANELS = {  # key in metrics.jsonl: title
     "loss": "training loss",
     "top1": "Top-1, %",
@@ -91,7 +94,7 @@ def write(figure: Any, path: Path) -> None:
     """
     check_output(path)
     temporary = path.with_name(f".{path.name}.tmp")
-    with _matplotlib().rc_context(STYLE):
+    with _style():
         try:
             figure.savefig(temporary, format=path.suffix[1:].lower())
             os.replace(temporary, path)
@@ -117,7 +120,7 @@ def tokens(rows: Sequence[Row]) -> Any:
     # Between the halves an empty panel of a tenth's width.
     widths = [*[1.0] * width, *[0.1, *[1.0] * width] * (across - 1)]
     inches = (1.5 * sum(widths), 1.7 * down + 0.1)
-    with _matplotlib().rc_context(STYLE):
+    with _style():
         figure, axes = _figure(down, len(widths), inches, width_ratios=widths)
         figure.get_layout_engine().set(w_pad=0.02, h_pad=0.05, wspace=0, hspace=0)
         for axis in axes.flat:
@@ -181,7 +184,7 @@ def curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
     """
     steps_per_epoch = [_steps_per_epoch(records) for records in runs.values()]
     in_epochs = all(steps_per_epoch)
-    with _matplotlib().rc_context(STYLE):
+    with _style():
         figure, axes = _figure(2, 2, (7.0, 4.2), sharex=True)
         for axis, (key, title) in zip(axes.flat, PANELS.items()):
             for index, records in enumerate(runs.values()):
@@ -228,7 +231,7 @@ def speed_ups(rows: Sequence[Mapping[str, Any]]) -> Any:
     Returns:
         A matplotlib figure.
     """
-    with _matplotlib().rc_context(STYLE):
+    with _style():
         figure, ((axis,),) = _figure(1, 1, (3.6, 3.0))
         for keep in sorted({row["keep_ratio"] for row in rows}):
             chosen = [row for row in rows if row["keep_ratio"] == keep]
@@ -252,9 +255,13 @@ def _figure(down: int, across: int, inches: tuple[float, float], **options: Any)
     return figure, figure.subplots(down, across, squeeze=False, **options)
 
 
-def _matplotlib() -> Any:
+def _style() -> Any:
+    """The pictures' settings, as a context."""
     try:
         import matplotlib
+        from matplotlib import font_manager
     except ImportError:
         raise UserError("pictures need matplotlib, which is not installed; pip install matplotlib") from None
-    return matplotlib
+    there = set(font_manager.get_font_names())
+    fonts = ["DejaVu Sans", *[name for name in CJK_FONTS if name in there][:1]]  # the former is matplotlib's own
+    return matplotlib.rc_context({**STYLE, "font.family": fonts})

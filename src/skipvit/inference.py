@@ -60,7 +60,7 @@ def list_images(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         if path.is_dir():
             images += images_in(path)
-        elif path.exists():
+        elif path.is_file():  # a pipe or a device might never end
             images.append(path)
         else:
             raise UserError(f"{path}: no such file; give an image or a folder of images")

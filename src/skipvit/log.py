@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Callable, NoReturn, Optional
@@ -55,6 +56,11 @@ def run_command(main: Callable[[Optional[Sequence[str]]], Any], argv: Optional[S
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A file name may be no text, or none that the terminal's encoding has.
         sys.stdout.reconfigure(errors="backslashreplace")
+    for message in (
+        "Image size .* could be decompression bomb",  # Pillow's; we refuse those
+        "Glyph .* missing from",  # matplotlib's; a box stands for it in the picture
+    ):
+        warnings.filterwarnings("ignore", message)
     try:
         code = main(argv)
         return 0 if code is None else code
