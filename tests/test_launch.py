@@ -449,6 +449,19 @@ def test_bad_input_that_all_ranks_meet_is_one_line(start):
     assert error.splitlines()[1:] == ["error: data.train: no such folder"]
 
 
+def test_bad_input_that_shows_in_the_middle_of_a_run_names_a_rank(start):
+    part = """
+print("step 1")
+print("error: data.train: too many images cannot be read", file=sys.stderr)
+sys.exit(2)
+"""
+    launched = start(part)
+    code, out, error = launched.end()
+    assert (code, out) == (2, "step 1\n")
+    assert "    error: data.train: too many images cannot be read\n" in error
+    assert error.endswith("rank 0 (server 127.0.0.1, device 0) ended with exit code 2; every other rank was stopped\n")
+
+
 def test_bad_input_of_one_rank_names_it(start):
     part = f"""
 if rank == 1:

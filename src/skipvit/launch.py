@@ -334,6 +334,7 @@ class Child:
     Attributes:
         name: How messages call it.
         exit_code: None while it runs, 128 + n when signal n ended it.
+        has_begun: Whether it has said something on standard output, which bad input keeps it from.
     """
 
     def __init__(
@@ -348,6 +349,7 @@ class Child:
         """Start it; UserError where it cannot be started or its log cannot be written."""
         self.name, self.log_path, self.on_terminal = name, log_path, on_terminal
         self.exit_code: int | None = None
+        self.has_begun = False
         try:
             self._log = log_path.open("ab", buffering=0)  # a resumed run keeps the logs of the one before
             self._log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} ---\n".encode())
@@ -390,6 +392,7 @@ class Child:
             *lines, unfinished = (unfinished + chunk).split(b"\n")
             if unfinished and (not chunk or len(unfinished) > PIPE_BYTES):
                 lines, unfinished = [*lines, unfinished], b""
+            self.has_begun |= bool(lines) and stream is self.process.stdout
             for line in lines:
                 self._take(line, sys.stderr if stream is self.process.stderr else sys.stdout)
             if chunk:
@@ -614,15 +617,16 @@ class Supervisor:
         return 0
 
     def _report(self, failed: Sequence[Child]) -> int:
-        """Say which rank failed and how; bad input, which is no rank's own, is one line."""
-        if all(rank.exit_code == BAD_INPUT for rank in failed):
+        """Say which rank failed and how; bad input, which is no rank's own, is one line unless the run had begun."""
+        begun = any(rank.has_begun for rank in self.ranks)
+        if not begun and all(rank.exit_code == BAD_INPUT for rank in failed):
             if not any(rank.on_terminal for rank in failed):
                 first = failed[0]
                 errors = [line for line in first.last_lines() if line.startswith("error: ")]
                 reason = errors[-1] if errors else f"exit code 2 without a word in {first.log_path}"
                 print(f"{first.name}: {reason}", file=sys.stderr, flush=True)
             return BAD_INPUT
-        first = next(rank for rank in failed if rank.exit_code != BAD_INPUT)
+        first = next((rank for rank in failed if rank.exit_code != BAD_INPUT), failed[0])
         self._show_log(first)
         _say(f"{first.name} {first.how_it_ended()}; every other rank was stopped")
         return max(rank.exit_code or 0 for rank in failed)
