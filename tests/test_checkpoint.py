@@ -233,7 +233,8 @@ def test_a_sealed_file_with_false_shapes_crashes_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "meta", [{"classes": 7}, {"classes": ["crow", 3]}, {"step": "7"}, {"config": []}, {"best_top1": [1]}, {"ranks": None}]
+    "meta",
+    [{"classes": 7}, {"classes": ["crow", 3]}, {"step": "7"}, {"config": []}, {"best_top1": [1]}, {"ranks": None}],
 )
 def test_meta_of_other_types_is_refused(meta, tmp_path):
     assert "cannot be read as a checkpoint of skipvit (TypeError)" in refusal(save(tmp_path / "a.ckpt", **meta))

@@ -255,7 +255,7 @@ def _checked_meta(encoded: np.ndarray) -> dict[str, Any]:
     meta = json.loads(encoded.tobytes())
     if meta["format"] != FORMAT:
         raise UserError(f"of format {str(meta['format'])[:20]}, this release reads {FORMAT}")
-    types = {"config": dict, "classes": list, "step": int, "best_top1": (int, float), "ranks": int}
+    types: dict[str, Any] = {"config": dict, "classes": list, "step": int, "best_top1": (int, float), "ranks": int}
     for key in ("config", "classes", *(types.keys() & meta.keys())):
         if not isinstance(meta[key], types[key]):
             raise TypeError(key)
