@@ -369,6 +369,8 @@ def test_unknown_section_names_the_nearest(recipe):
         ("optim.accumulate_steps=0", "optim.accumulate_steps: 0 is below 1"),
         ("optim.reference_batch_size=0", "optim.reference_batch_size: 0 is below 1"),
         ("train.epochs=0", "train.epochs: 0 is below 1"),
+        ("train.keep_checkpoints=0", "train.keep_checkpoints: 0 is below 1"),
+        ("train.stall_seconds=-1", "train.stall_seconds: -1.0 is below 0"),
         ("train.epochs=1.5", "train.epochs: 1.5 is not a whole number"),
         ("train.epochs=true", "train.epochs: True is not a whole number"),
         ("train.epochs=99999999999", "train.epochs: 99999999999 is not a whole number up to 2147483647"),

@@ -311,7 +311,7 @@ def _no_network(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        ([], ["required", "checkpoint", "--help"]),
+        ([], ["required", "--data", "--help"]),
         (["{scene}/skip/best.ckpt"], ["required", "--data"]),
         (["{scene}/skip/best.ckpt", "--data", "{scene}/data", "--top", "5"], ["--top"]),
         (["{scene}/skip/best.ckpt", "--data", "{scene}/data", "--batch-size", "many"], ["--batch-size", "many"]),
