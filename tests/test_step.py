@@ -44,7 +44,7 @@ class OtherRank(nn.Cell):
 
     def __init__(self):
         super().__init__()
-        self.finite = Parameter(Tensor(1.0, ms.float32), name="other.finite", requires_grad=False)
+        self.finite = Parameter(Tensor(1.0, ms.float32), name="state.finite_on_other_rank", requires_grad=False)
 
     def construct(self, finite):
         return finite + self.finite
@@ -404,14 +404,14 @@ def test_an_overflow_skips_the_update_and_halves_the_scale():
 
 def test_an_overflow_on_another_rank_skips_the_update_here_too():
     run = half_run("half_of_two")
-    run.set("other.finite", 0)
+    run.set("state.finite_on_other_rank", 0)
     run(*batch(0))
     after = run.state()
     assert_equal_states(after, run.initial, trained(after))
-    assert (run.step.read_loss_scale(), run.step.read_sums()[1]) == (2.0**9, 1)
-    run.set("other.finite", 1)
+    assert (run.step.read_loss_scale(), run.step.read_sums().overflows) == (2.0**9, 1)
+    run.set("state.finite_on_other_rank", 1)
     run(*batch(0))
-    assert (run.step.read_loss_scale(), run.step.read_sums()[1]) == (2.0**9, 0)
+    assert (run.step.read_loss_scale(), run.step.read_sums().overflows) == (2.0**9, 0)
     assert run.state()["optimizer.updates"] == 1
 
 
