@@ -480,7 +480,7 @@ def test_rank_0_alone_writes_and_speaks(whole, lab):
     assert (whole.record / "writes of 0").read_text().count(".fresh.ckpt") == EPOCHS
     assert not (whole.record / "writes of 1").exists()
     files = {"best.ckpt", "config.yaml", "last.ckpt", "metrics.jsonl", "previous.ckpt", "run.json", "train.log", "logs"}
-    files |= {"curves.png", "tokens.png"}
+    files |= {"curves.png", "tokens.png", ".lock"}
     assert {path.name for path in folder.iterdir()} == files
     assert "top1" not in (folder / "logs/rank_1.log").read_text()
     meta = checkpoint.load(folder / "last.ckpt").meta

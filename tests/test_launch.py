@@ -385,6 +385,7 @@ def test_a_rank_that_fails_brings_the_others_down(start):
 if rank == 2:
     wait_for("ready_0", "ready_1", "ready_3")
     print("a traceback, say", file=sys.stderr)
+    print("[INFO] DISTRIBUTED(1,7f,python): after the end", file=sys.stderr)
     sys.exit(3)
 {WAIT_FOR_EVER}"""
     launched = start(part, table=here(table_of(1, 4)))

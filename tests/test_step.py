@@ -6,7 +6,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 import reference
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Tensor, ops
 from reference import Span
 
 from skipvit import config, model, optim, runtime
@@ -39,21 +39,10 @@ def graph_mode():
     compiled.cache_clear()
 
 
-class OtherRank(nn.Cell):
-    """Stands in for the sum over two ranks: the other one's gradients are finite or not."""
-
-    def __init__(self):
-        super().__init__()
-        self.finite = Parameter(Tensor(1.0, ms.float32), name="other.finite", requires_grad=False)
-
-    def construct(self, finite):
-        return finite + self.finite
-
-
 class Run:
     """A training step with its state as it was before any step, to begin again from without compiling anew."""
 
-    def __init__(self, precision="fp32", dropout=0.0, drop_path=0.0, other_rank=None, **of_optim):
+    def __init__(self, precision="fp32", dropout=0.0, drop_path=0.0, **of_optim):
         recipe = config.from_dict(
             {
                 "model": {
@@ -79,8 +68,6 @@ class Run:
         for name, value in PARAMETERS.items():
             own[name].set_data(Tensor(value.astype(np.float32)))
         self.step = steps.TrainStep(net, recipe)
-        if other_rank is not None:
-            self.step.ranks, self.step.sum_over_ranks, self.step.average_over_ranks = 2, other_rank, nn.Identity()
         self.parameters = {parameter.name: parameter for parameter in self.step.get_parameters()}
         self.initial = self.state()
 
@@ -111,7 +98,6 @@ def compiled(kind):
         "single": lambda: Run(),
         "accumulating": lambda: Run(accumulate_steps=2, drop_path=0.2, clip_norm=1e3),
         "half": lambda: Run("fp16"),
-        "half_of_two": lambda: Run("fp16", other_rank=OtherRank()),
         "half_accumulating": lambda: Run("fp16", accumulate_steps=2),
         "random": lambda: Run(drop_path=0.2, dropout=0.1),
     }[kind]()
@@ -400,19 +386,6 @@ def test_an_overflow_skips_the_update_and_halves_the_scale():
     assert run.step.read_loss_scale() == 2.0**39
     # The loss itself was finite, and is told unscaled.
     assert loss == pytest.approx(half_run()(*batch(1)), rel=0.2)
-
-
-def test_an_overflow_on_another_rank_skips_the_update_here_too():
-    run = half_run("half_of_two")
-    run.set("other.finite", 0)
-    run(*batch(0))
-    after = run.state()
-    assert_equal_states(after, run.initial, trained(after))
-    assert (run.step.read_loss_scale(), run.step.read_sums()[1]) == (2.0**9, 1)
-    run.set("other.finite", 1)
-    run(*batch(0))
-    assert (run.step.read_loss_scale(), run.step.read_sums()[1]) == (2.0**9, 0)
-    assert run.state()["optimizer.updates"] == 1
 
 
 def test_overflows_are_counted_until_the_log_reads_them():

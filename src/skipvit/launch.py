@@ -421,9 +421,9 @@ class Child:
             return log.read()
 
     def last_lines(self) -> list[str]:
-        """The last 20 lines of its log."""
-        lines = self.printed(PIPE_BYTES).decode("utf-8", "replace").splitlines()
-        return [line[:2000].rstrip() for line in lines[-TAIL_LINES:]]
+        """The last 20 lines of its log, without MindSpore's chatter."""
+        lines = [line for line in self.printed(PIPE_BYTES).splitlines() if not FRAMEWORK_CHATTER.match(line)]
+        return [line[:2000].decode("utf-8", "replace").rstrip() for line in lines[-TAIL_LINES:]]
 
 
 def _start(

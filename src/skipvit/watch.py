@@ -25,11 +25,13 @@ class Watch:
 
     def __enter__(self) -> "Watch":
         self.at = time.monotonic()
-        threading.Thread(target=self._run, name="watch", daemon=True).start()
+        self.thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self.thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.closed.set()
+        self.thread.join()  # a thread that is still ending while the interpreter does can crash the process
 
     def done(self, what: str, next_compiles: bool = False) -> None:
         """``what`` has just been done, such as ``step 12``; ``next_compiles``: what follows has a graph to compile."""
