@@ -2,12 +2,15 @@
 
     python examples/segment_clutter.py runs/clutter/best.ckpt
 
-`forward_features` gives every patch's token in image order, also of the patches that skipped the middle blocks. A
-linear head is trained on the tokens of `clutter`'s training pictures, the network as it is, and tried on unseen
-pictures: on the patches that were kept and on those that skipped. Beside it, for comparison, a head on what each patch
-was before the first block; and the first head on each picture's tokens in a random order, so that only a token in its
-place can be told right. Balanced accuracy is the mean of two shares, of object patches and of background
-patches that are told right: 50% for a head that knows nothing, whatever it answers. Last a line of JSON.
+`forward_features` gives every patch's token in image order, also of the patches that skipped the middle blocks. Linear
+heads are trained on the tokens of `clutter`'s training pictures, the network as it is, and tried on unseen pictures: on
+the patches that were kept and on those that skipped. One tells object from background; so does a patch by itself, for
+`clutter`'s textures show in every patch, but not a token out of its place (the tokens of a picture in a random order).
+The other tells from a patch of background which class is in the picture: that a token can know from others only, a
+skipped one since it has rejoined.
+
+Balanced accuracy is the mean over the answers of the share of their patches that are told right: 50% and 10% for a head
+that knows nothing, whatever it answers. Last a line of JSON.
 """
 
 import json
@@ -39,7 +42,9 @@ class Tokens(nn.Cell):
 
 
 def look(tokens, config, folder, masks, count):
-    """Rows of patches, over ``count`` pictures: tokens, embeddings ``(P, D)``; is object, was kept ``(P,)`` bool."""
+    """Rows of patches, over ``count`` pictures: tokens and embeddings ``(P, D)``; is object, and the picture's class,
+    -1 where some of the object is, ``(P,)`` int32; was kept ``(P,)`` bool.
+    """
     mean, std = (np.array(values, np.float32).reshape(3, 1, 1) for values in (config.data.mean, config.data.std))
     parts = []
     chosen = np.linspace(0, len(folder) - 1, count).round().astype(int)
@@ -49,26 +54,29 @@ def look(tokens, config, folder, masks, count):
         features, embedded, places = (value.asnumpy() for value in tokens(Tensor((pixels / 255 - mean) / std)))
         kept = np.zeros(features.shape[:2], bool)
         np.put_along_axis(kept, places, True, axis=1)
-        is_object = [object_patches(mask_path(masks, folder.names[index]), config) > 0.5 for index in batch]
-        parts.append([value.reshape(-1, *value.shape[2:]) for value in (features, embedded, np.stack(is_object), kept)])
+        covered = np.stack([object_patches(mask_path(masks, folder.names[index]), config) for index in batch])
+        classes = np.broadcast_to(folder.labels[batch, None], kept.shape)
+        rows = (features, embedded, (covered > 0.5).astype(np.int32), np.where(covered > 0, -1, classes), kept)
+        parts.append([value.reshape(-1, *value.shape[2:]) for value in rows])
     return [np.concatenate(column) for column in zip(*parts)]
 
 
-def train_head(rows, is_object):
-    """A linear head for object or background, of rows ``(P, D)``; both kinds weigh the same."""
-    head = nn.Dense(rows.shape[1], 2)
-    loss = nn.CrossEntropyLoss(Tensor([1 / (1 - is_object.mean()), 1 / is_object.mean()], dtype=Tensor(rows).dtype))
+def train_head(rows, label):
+    """A linear head for the labels, of rows ``(P, D)``; all labels weigh the same."""
+    counts = np.bincount(label)
+    head = nn.Dense(rows.shape[1], len(counts))
+    loss = nn.CrossEntropyLoss(Tensor((len(label) / len(counts) / counts).astype(np.float32)))
     step = nn.TrainOneStepCell(nn.WithLossCell(head, loss), nn.Adam(head.trainable_params(), 1e-2)).set_train()
     generator = np.random.default_rng(0)
     for _ in range(STEPS):
         chosen = generator.integers(0, len(rows), PATCHES_A_STEP)
-        step(Tensor(rows[chosen]), Tensor(is_object[chosen].astype(np.int32)))
+        step(Tensor(rows[chosen]), Tensor(label[chosen]))
     return head
 
 
-def balanced_accuracy(told, is_object):
-    """Mean of the shares of object and of background patches told right, in percent."""
-    return round(50 * float((told[is_object]).mean() + (~told[~is_object]).mean()), 1)
+def balanced_accuracy(told, label):
+    """Mean over the labels of the share told right, in percent."""
+    return round(100 * float(np.mean([(told[label == which] == which).mean() for which in np.unique(label)])), 1)
 
 
 def main(checkpoint, pictures=1000, root=None):
@@ -81,28 +89,28 @@ def main(checkpoint, pictures=1000, root=None):
         look(tokens, saved.config, ImageFolder(root / part), root / "masks" / part, pictures)
         for part in ("train", "val")
     )
-    tokens_of_val, embedded, is_object, kept = val
-    places = np.arange(len(kept)).reshape(-1, saved.config.model.num_patches)
-    shuffled = tokens_of_val[np.random.default_rng(0).permuted(places, axis=1).reshape(-1)]
-    head, head_of_embeddings = train_head(train[0], train[2]), train_head(train[1], train[2])
+    places = np.arange(len(val[0])).reshape(-1, saved.config.model.num_patches)
+    shuffled = val[0][np.random.default_rng(0).permuted(places, axis=1).reshape(-1)]
     result = {}
-    for name, trained, rows in (
-        ("token", head, tokens_of_val),
-        ("embedding", head_of_embeddings, embedded),
-        ("shuffled", head, shuffled),
+    print("balanced accuracy                                 kept patches   skipped patches")
+    for task, column, question in (
+        ("object", 2, "object or background?"),
+        ("class", 3, "which class is in the picture?"),
     ):
-        told = trained(Tensor(rows)).asnumpy().argmax(1) == 1
-        for which, chosen in (("kept", kept), ("skipped", ~kept)):
-            result[f"{name}_{which}"] = balanced_accuracy(told[chosen], is_object[chosen])
-    result["object_share_kept"] = round(100 * float(is_object[kept].mean()), 1)
-    result["object_share_skipped"] = round(100 * float(is_object[~kept].mean()), 1)
-    print("balanced accuracy                kept patches   skipped patches")
-    for name, source in (
-        ("token", "from the tokens"),
-        ("embedding", "from the patches themselves"),
-        ("shuffled", "from tokens in another order"),
-    ):
-        print(f"{source:32} {result[name + '_kept']:11.1f}%   {result[name + '_skipped']:14.1f}%")
+        print(question)
+        known, asked = train[column] >= 0, val[column] >= 0
+        of_tokens, of_patches = (train_head(rows[known], train[column][known]) for rows in train[:2])
+        for name, head, rows, source in (
+            ("token", of_tokens, val[0], "from the tokens"),
+            ("patch", of_patches, val[1], "from the patches themselves"),
+            ("shuffled", of_tokens, shuffled, "from tokens in another order"),
+        ):
+            told = head(Tensor(rows)).asnumpy().argmax(1)
+            kept, skipped = (
+                balanced_accuracy(told[chosen], val[column][chosen]) for chosen in (asked & val[4], asked & ~val[4])
+            )
+            result.update({f"{task}_{name}_kept": kept, f"{task}_{name}_skipped": skipped})
+            print(f"    {source:45} {kept:11.1f}%   {skipped:14.1f}%")
     print(json.dumps(result))
 
 
