@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional, Union
 
-import mindspore as ms
 import numpy as np
 import psutil
 from mindspore import Parameter, Tensor
 from mindspore import dtype as mstype
 from PIL import Image
 
-from skipvit import cost
+from skipvit import cost, runtime
 from skipvit.config import Config, UserError, from_dict
 from skipvit.model import VisionTransformer
 
@@ -76,7 +75,7 @@ def save(path: Path, parameters: Iterable[Parameter], meta: Mapping[str, Any]) -
     try:
         # Not to `path` itself: MindSpore deletes its target before it writes (DESIGN 5).
         entries = [{"name": name, "data": Tensor(array.copy())} for name, array in arrays.items()]
-        ms.save_checkpoint(entries, str(temporary))
+        runtime.save_checkpoint(entries, str(temporary))
         with open(temporary, "rb+") as file:
             file.write(_digest_entry(file.read()))
         os.chmod(temporary, 0o644)
