@@ -95,7 +95,10 @@ def save_last(folder: Path, parameters: Iterable[Parameter], meta: Mapping[str, 
     ``keep`` of them stay: 1 is ``last`` alone, 3 has ``previous_2.ckpt`` too, and so on.
     """
     fresh = folder / FRESH
-    save(fresh, parameters, meta)
+    try:
+        save(fresh, parameters, meta)
+    except OSError as error:
+        raise OSError(str(error).replace(FRESH, LAST)) from error  # the name that people know
     last = folder / LAST
     names = [path.name for path in kept(folder)]
     # From the oldest on, so that each makes room for the next; only a row without gaps is moved.
