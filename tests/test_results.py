@@ -9,7 +9,7 @@ specification.loader.exec_module(make)
 
 
 def test_the_readme_says_what_the_files_say():
-    for page, blocks in ((make.README, ("results", "speed")), (make.ASCEND, ("prediction",))):
+    for page, blocks in ((make.README, ("results", "speed", "reliability")), (make.ASCEND, ("prediction",))):
         text = page.read_text()
         assert make.filled(text) == text, "run: python results/make.py readme"
         for name in blocks:

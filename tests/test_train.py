@@ -366,7 +366,7 @@ def test_a_runs_folder_tells_how_it_was_made(whole):
     folder, ended = whole
     names = {path.name for path in folder.iterdir()}
     assert names == {
-        *("config.yaml", "run.json", "metrics.jsonl", "train.log"),
+        *("config.yaml", "run.json", "metrics.jsonl", "train.log", ".lock"),
         *("last.ckpt", "previous.ckpt", "best.ckpt"),
         *("curves.png", "tokens.png"),
     }

@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional, Union
 
-import mindspore as ms
 import numpy as np
 import psutil
 from mindspore import Parameter, Tensor
 from mindspore import dtype as mstype
 from PIL import Image
 
-from skipvit import cost
+from skipvit import cost, runtime
 from skipvit.config import Config, UserError, from_dict
 from skipvit.model import VisionTransformer
 
@@ -76,7 +75,7 @@ def save(path: Path, parameters: Iterable[Parameter], meta: Mapping[str, Any]) -
     try:
         # Not to `path` itself: MindSpore deletes its target before it writes (DESIGN 5).
         entries = [{"name": name, "data": Tensor(array.copy())} for name, array in arrays.items()]
-        ms.save_checkpoint(entries, str(temporary))
+        runtime.save_checkpoint(entries, str(temporary))
         with open(temporary, "rb+") as file:
             file.write(_digest_entry(file.read()))
         os.chmod(temporary, 0o644)
@@ -96,7 +95,10 @@ def save_last(folder: Path, parameters: Iterable[Parameter], meta: Mapping[str, 
     ``keep`` of them stay: 1 is ``last`` alone, 3 has ``previous_2.ckpt`` too, and so on.
     """
     fresh = folder / FRESH
-    save(fresh, parameters, meta)
+    try:
+        save(fresh, parameters, meta)
+    except OSError as error:
+        raise OSError(str(error).replace(FRESH, LAST)) from error  # the name that people know
     last = folder / LAST
     names = [path.name for path in kept(folder)]
     # From the oldest on, so that each makes room for the next; only a row without gaps is moved.

@@ -165,6 +165,12 @@ def _without_log() -> Iterator[None]:
         logging.disable(level)
 
 
+def save_checkpoint(entries, path: str) -> None:
+    """``mindspore.save_checkpoint`` without its own complaint on the terminal; what cannot be written raises."""
+    with _without_log():
+        ms.save_checkpoint(entries, path)
+
+
 def wait_for(output: ms.Tensor) -> None:
     """Until the device has computed it: a graph may return before."""
     output.asnumpy()

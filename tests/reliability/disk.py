@@ -119,6 +119,8 @@ def read_only(work):
 def run(work, count):
     """As many disks, each with room for a larger share of the run than the one before, and one that is read-only."""
     path = work / "trials.jsonl"
+    while os.path.ismount(work / "disk"):  # an interrupted call's
+        unmount(work / "disk")
     if not can_mount(work / "disk"):
         raise SystemExit("disk: mounting a tmpfs is not permitted here")
     if not (work / "whole" / "last.ckpt").exists():
