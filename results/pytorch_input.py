@@ -1,9 +1,10 @@
 """Images/s of the same augmentations in Pillow through PyTorch's DataLoader, one worker; needs PyTorch.
 
-    OTHER_PYTHON results/pytorch_input.py FOLDER BATCH_SIZE STEPS
+    python -m skipvit.benchmark CONFIG --input-only --against "OTHER_PYTHON results/pytorch_input.py" data.train=DIR …
 
-The counterpart of ``python -m skipvit.benchmark --input-only``: decode, random resized crop, flip, RandAugment
-(two operations of 15, each with probability one half, magnitude 9), to float and normalised, random erasing.
+Decode, random resized crop, flip, RandAugment (two operations of 15, each with probability one half, magnitude 9),
+random erasing; to normalised floats, as torchvision has it, or with ``--bytes`` left in bytes for the device to
+normalise, as timm's loader has it and ours too.
 """
 
 import json
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 SIZE, MEAN, STD = 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FILL = tuple(round(255 * value) for value in MEAN)
+MEAN_TENSOR, STD_TENSOR = torch.tensor(MEAN).reshape(3, 1, 1), torch.tensor(STD).reshape(3, 1, 1)
 
 
 def affine(image, matrix):
@@ -71,25 +73,27 @@ def random_box(width, height):
 
 
 def erase(tensor):
-    """Random erasing, in place."""
+    """Random erasing of a normalised tensor or of bytes, in place."""
     for _ in range(10):
         area = SIZE * SIZE * random.uniform(0.02, 1 / 3)
         ratio = math.exp(random.uniform(math.log(0.3), math.log(1 / 0.3)))
         height, width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if height < SIZE and width < SIZE:
             top, left = random.randint(0, SIZE - height), random.randint(0, SIZE - width)
-            tensor[:, top : top + height, left : left + width] = torch.randn(3, height, width)
+            noise = torch.randn(3, height, width)
+            if tensor.dtype == torch.uint8:
+                noise = noise.mul_(255 * STD_TENSOR).add_(255 * MEAN_TENSOR).round_().clamp_(0, 255)
+            tensor[:, top : top + height, left : left + width] = noise
             return
 
 
 class Images(Dataset):
     """A folder's JPEGs, augmented."""
 
-    def __init__(self, folder, length):
+    def __init__(self, folder, length, as_bytes):
         self.paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
         self.length = length
-        self.mean = torch.tensor(MEAN).reshape(3, 1, 1)
-        self.std = torch.tensor(STD).reshape(3, 1, 1)
+        self.as_bytes = as_bytes
 
     def __len__(self):
         return self.length
@@ -105,8 +109,9 @@ class Images(Dataset):
             if random.random() < 0.5:
                 severity = min(10, max(0, random.gauss(9, 0.5))) / 10
                 image = operation(image, severity, random.choice((-1, 1)))
-        tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div_(255)
-        tensor.sub_(self.mean).div_(self.std)
+        tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+        if not self.as_bytes:
+            tensor = tensor.float().div_(255).sub_(MEAN_TENSOR).div_(STD_TENSOR)
         if random.random() < 0.25:
             erase(tensor)
         return tensor, index % 1000
@@ -114,14 +119,15 @@ class Images(Dataset):
 
 def main():
     """Time batches after the first two."""
-    folder, batch, steps = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    folder, batch, steps = sys.argv[-3], int(sys.argv[-2]), int(sys.argv[-1])
+    images = Images(folder, batch * (steps + 2), "--bytes" in sys.argv)
     torch.set_num_threads(1)
-    loader = iter(DataLoader(Images(folder, batch * (steps + 2)), batch, num_workers=1))
+    loader = iter(DataLoader(images, batch, num_workers=1))
     next(loader), next(loader)
     started = time.perf_counter()
     for _ in range(steps):
         next(loader)
-    print(json.dumps({"images_per_second": round(batch * steps / (time.perf_counter() - started), 1)}))
+    print(json.dumps({"input_images_per_second": round(batch * steps / (time.perf_counter() - started), 1)}))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The benchmark as a user runs it, with contenders of our own where the numbers must be known."""
 
 import json
+import os
 import shlex
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 from mindspore import Tensor
 from runs import run
 
-from skipvit import benchmark, config, cost, runtime, train
+from skipvit import benchmark, clutter, config, cost, runtime, train
 from skipvit.log import RunFailed
 
 SMALL = [
@@ -152,11 +153,36 @@ def test_input_alone(tmp_path):
     assert json.loads(done.stdout.splitlines()[-1])["input_images_per_second"] > 0
 
 
+def test_input_against_anothers_on_one_core(tmp_path, monkeypatch, capsys):
+    folder = clutter.ensure()
+    other = tmp_path / "other.py"
+    other.write_text(
+        "import json, sys\n"
+        f"assert sys.argv[1:] == [{str(folder / 'train')!r}, '4', '2'], sys.argv\n"
+        "print('a library says something'); print(json.dumps({'input_images_per_second': 0.5}))\n"
+    )
+    pinned = []
+    monkeypatch.setattr(os, "sched_setaffinity", lambda process, cores: pinned.append(cores))
+    monkeypatch.setattr(benchmark, "INPUT_ROUNDS", 1)
+    monkeypatch.chdir(tmp_path)
+    images = [f"data.train={folder / 'train'}", f"data.val={folder / 'val'}", "augment.mixup=0.8"]
+    command = ["--input-only", "--steps", "2", "--against", shlex.join([sys.executable, str(other)])]
+    benchmark.main([*SMALL, *images, *command])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [len(cores) for cores in pinned] == [1]
+    for key, name in (("input_speed_up", "own"), ("input_speed_up_unmixed", "own_unmixed")):
+        assert result[key] == pytest.approx(result[name]["input_images_per_second"] / 0.5, rel=0.01)
+    other.write_text("import sys; sys.exit(3)")
+    with pytest.raises(RunFailed, match="ended with 3"):
+        benchmark.main([*SMALL, *images, *command])
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--steps", "0"], "--steps"),
         (["skip=null"], "skip"),
+        (["--input-only", "--against", "true", "data.train=clutter"], "data.train"),
         (["no/such.yaml"], "no/such.yaml"),
         (["model.deptg=3"], "model.depth"),
         (["--bogus"], "--bogus"),

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mindcv.data.mixup import Mixup
 from PIL import Image, ImageEnhance, ImageOps
+from scipy import ndimage
 
 from skipvit import data
 from skipvit.config import AugmentConfig, Config, DataConfig, SkipConfig, UserError, model_config
@@ -280,7 +281,7 @@ def test_one_pixel_goes_through_both_transforms(tmp_path):
     image = Image.fromarray(read(tmp_path, Image.new("RGB", (1, 1), (1, 2, 3)), ".png"))
     for augment in (PLAIN, dataclasses.replace(PLAIN, crop="random_resized"), dataclasses.replace(PLAIN, crop="shift")):
         config = make_config(augment, val_crop_ratio=0.875)
-        assert data.augment_image(image, config, data.keyed_generator(1)).shape == (3, 16, 16)
+        assert data.augment_image(np.asarray(image), config, data.keyed_generator(1)).shape == (3, 16, 16)
     assert data.evaluation_image(image, config)[:, 3, 5].tolist() == [1, 2, 3]
 
 
@@ -340,6 +341,38 @@ def test_a_jpeg_may_be_decoded_smaller_but_not_too_small(tmp_path):
     config = make_config(AugmentConfig(), size=224)
     side = data.least_training_side(config)
     assert math_side(side, config.augment) >= 224 > math_side(side - 2, config.augment)
+
+
+@pytest.mark.parametrize(
+    "kind", ["colour", "small", "not subsampled", "progressive", "grey", "cmyk", "turned", "cut", "text"]
+)
+def test_simplejpeg_and_pillow_give_the_same_bytes(tmp_path, monkeypatch, kind):
+    pytest.importorskip("simplejpeg")
+    pixels = picture_of(3, 5) if kind == "small" else picture_of(75, 101)
+    image = Image.fromarray(pixels).convert({"grey": "L", "cmyk": "CMYK"}.get(kind, "RGB"))
+    options = {"not subsampled": {"subsampling": 0}, "progressive": {"progressive": True}}.get(kind, {})
+    if kind == "turned":
+        exif = Image.Exif()
+        exif[data.EXIF_ORIENTATION] = 6
+        options = {"exif": exif}
+    path = tmp_path / "image.jpg"
+    image.save(path, **options)
+    if kind == "cut":
+        path.write_bytes(path.read_bytes()[:-200])
+    if kind == "text":
+        path.write_bytes(b"\xff\xd8\xff and nothing more")
+    decoded = data._plain_jpeg(path, None)
+    assert (decoded is not None) == (kind in ("colour", "small", "not subsampled", "progressive"))
+    if kind in ("cut", "text"):
+        with pytest.raises(UnreadableImage):
+            data.read_image(path)
+        return
+    with_it = data.read_image(path)
+    monkeypatch.setattr(data, "simplejpeg", None)
+    np.testing.assert_array_equal(data.read_image(path), with_it)
+    reduced = data.read_image(path, 37)
+    monkeypatch.undo()
+    np.testing.assert_array_equal(data.read_image(path, 37), reduced)
 
 
 def math_side(side, augment):
@@ -411,9 +444,22 @@ def test_random_resized_crop_shows_what_lies_in_the_box():
     ramp = np.arange(200, dtype=np.uint8)[None, :, None].repeat(100, 0).repeat(3, 2)
     config = make_config(AugmentConfig(crop_scale=(0.1, 0.1), crop_ratio=(1.0, 1.0), horizontal_flip=0.0), size=16)
     box = data.random_resized_box((200, 100), config.augment, data.keyed_generator(5))
-    pixels = data.augment_image(Image.fromarray(ramp), config, data.keyed_generator(5))
+    pixels = data.augment_image(ramp, config, data.keyed_generator(5))
     centres = box[0] + (np.arange(16) + 0.5) * (box[2] - box[0]) / 16 - 0.5
     assert np.abs(pixels[1] - centres).max() < 2
+
+
+@pytest.mark.parametrize("name", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("shape", [(90, 200), (120, 70), (5, 9), (1, 1)])
+def test_resizing_is_pillows(name, shape):
+    picture, size = picture_of(*shape), 32
+    resized = data.resize(picture[:, ::-1], size, data.RESAMPLING[name])
+    expected = np.asarray(
+        Image.fromarray(picture[:, ::-1]).resize((size, size), getattr(Image.Resampling, name.upper()))
+    )
+    difference = np.abs(resized.astype(int) - expected)
+    # To the byte, save where Pillow's later releases begin with the other direction.
+    assert difference.max() == 0 or (shape == (120, 70) and difference.max() <= 3 and difference.mean() < 0.5)
 
 
 def test_shift_moves_by_whole_pixels_onto_black():
@@ -422,7 +468,7 @@ def test_shift_moves_by_whole_pixels_onto_black():
     config = make_config(AugmentConfig(crop="shift", shift_pixels=2, horizontal_flip=0.0))
     seen = set()
     for seed in range(300):
-        moved = data.augment_image(Image.fromarray(pixels), config, data.keyed_generator(seed))
+        moved = data.augment_image(pixels, config, data.keyed_generator(seed))
         offsets = [
             (row, column)
             for row in range(5)
@@ -440,7 +486,7 @@ def test_flip_has_its_probability():
     config = make_config(AugmentConfig(crop="none", horizontal_flip=0.3))
     flipped = 0
     for seed in range(500):
-        image = data.augment_image(Image.fromarray(pixels), config, data.keyed_generator(seed))
+        image = data.augment_image(pixels, config, data.keyed_generator(seed))
         is_flipped = (image == upright[:, :, ::-1]).all()
         assert is_flipped or (image == upright).all()
         flipped += is_flipped
@@ -449,9 +495,10 @@ def test_flip_has_its_probability():
 
 def test_erasing_covers_its_area_with_noise_of_the_datas_mean_and_spread():
     config = make_config(dataclasses.replace(PLAIN, erase=0.4), size=64, mean=(0.3, 0.5, 0.6), std=(0.1, 0.15, 0.05))
+    plain = np.full((64, 64, 3), (1, 254, 2), np.uint8)
     erased, noise, areas = 0, [], []
     for seed in range(400):
-        image = data.augment_image(Image.new("RGB", (64, 64), (1, 254, 2)), config, data.keyed_generator(seed))
+        image = data.augment_image(plain, config, data.keyed_generator(seed))
         changed = (image != np.array([1, 254, 2])[:, None, None]).any(axis=0)
         if changed.any():
             rows, columns = np.flatnonzero(changed.any(axis=1)), np.flatnonzero(changed.any(axis=0))
@@ -528,11 +575,33 @@ def test_each_operation_is_pillows_and_repeats(name, operation, arguments):
         assert result.shape == picture.shape
         assert result.dtype == np.uint8
         assert np.abs(expected.astype(int) - picture).mean() > 4  # the operation does something
-        # Equalize's table is rounded in another way, which tells in a picture as small as this.
-        assert np.abs(result.astype(int) - expected).mean() < (6.0 if name == "Equalize" else 1.0)
+        # Equalize's table is rounded in another way, which tells in a picture as small as this; OpenCV's bicubic is
+        # less sharp than Pillow's, which tells in its grain.
+        allowed = {"Equalize": 6.0, "Rotate": 1.5, "ShearX": 1.1}
+        assert np.abs(result.astype(int) - expected).mean() < allowed.get(name, 1.0)
         with ThreadPoolExecutor(4) as pool:
             for again in pool.map(apply, [sign] * 40):
                 np.testing.assert_array_equal(again, result)
+
+
+@pytest.mark.parametrize("name", data.MOVING)
+def test_moves_go_where_pillows_go(name):
+    """On ramps a fifth of a pixel off would make a level in the mean, whatever the kernel."""
+    rows, columns = np.mgrid[0:60, 0:40]
+    picture = np.stack([20 + 5 * columns, 20 + 3 * rows, 20 + 2 * columns + 2 * rows], axis=-1).astype(np.uint8)
+    (operation, arguments) = next(row[1:] for row in data.RAND_AUGMENT if row[0] == name)
+    for sign, reference in zip((1, -1), PILLOW[name]):
+        severity = {"TranslateX": 16 / 40 / 0.45, "TranslateY": 24 / 60 / 0.45}.get(name, 0.9)
+        drawn = arguments(severity, sign)
+        result = operation(picture, *drawn, fill_value=(124, 116, 104), resample=data.RESAMPLING["bicubic"])
+        covered = operation(np.zeros_like(picture), *drawn, fill_value=(255,) * 3, resample=data.RESAMPLING["bicubic"])
+        inside = ndimage.maximum_filter(covered[..., 0], 7) == 0  # away from the filled corners
+        inside[:4], inside[-4:], inside[:, :4], inside[:, -4:] = False, False, False, False
+        assert inside.sum() > 400
+        expected = np.asarray(reference(Image.fromarray(picture))).astype(int)
+        difference = (result - expected)[inside]
+        assert np.abs(difference).max() <= 2
+        assert np.abs(difference.mean(axis=0) - 0.25).max() < 0.4  # Pillow cuts off what OpenCV rounds
 
 
 def test_severity_grows_from_next_to_nothing():
@@ -593,17 +662,15 @@ def test_mixing_is_mindcvs_with_another_source_of_draws(mixup, cutmix):
     labels = np.array([0, 4, 2, 2, 1, 3], np.int32)
     theirs = Mixup(mixup_alpha=mixup, cutmix_alpha=cutmix, prob=0.9, label_smoothing=0.1, num_classes=5)
     state = np.random.get_state()
-    untouched = images.copy()
     for seed in range(40):
         np.random.seed(seed)
         expected_images, expected_targets = theirs(images.astype(np.float32), labels)
-        mixed, targets = data.mix_batch(images, labels, augment, 5, LegacyDraws(seed))
+        mixed, targets = data.mix_batch(images.copy(), labels, augment, 5, LegacyDraws(seed))
         np.testing.assert_array_equal(mixed, np.rint(expected_images).astype(np.uint8))
         np.testing.assert_array_equal(targets, expected_targets)
         assert mixed.dtype == np.uint8
         assert targets.dtype == np.float32
     np.random.set_state(state)
-    np.testing.assert_array_equal(images, untouched)
 
 
 def test_without_mixing_targets_are_smoothed():
@@ -621,11 +688,11 @@ def test_odd_batches_mix_and_one_image_meets_itself():
     images = np.random.default_rng(0).integers(0, 256, (5, 3, 16, 16), np.uint8)
     changed = np.zeros(5)
     for seed in range(30):
-        mixed, targets = data.mix_batch(images, np.arange(5), augment, 5, data.keyed_generator(seed))
+        mixed, targets = data.mix_batch(images.copy(), np.arange(5), augment, 5, data.keyed_generator(seed))
         changed += (mixed != images).any(axis=(1, 2, 3))
         np.testing.assert_allclose(targets.sum(axis=1), 1, atol=1e-6)
         assert targets[2, 2] == pytest.approx(1)
-        alone, target = data.mix_batch(images[:1], np.array([3]), augment, 5, data.keyed_generator(seed))
+        alone, target = data.mix_batch(images[:1].copy(), np.array([3]), augment, 5, data.keyed_generator(seed))
         np.testing.assert_array_equal(alone, images[:1])
         assert target[0, 3] == pytest.approx(1)
     assert changed[2] == 0
@@ -1081,11 +1148,11 @@ def test_masks_follow_their_images(noisy, red_masks, crop, monkeypatch):
 
 
 def test_a_mask_of_another_size_is_laid_over_its_image():
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8))
+    image = np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)
     mask = np.zeros((16, 24, 3), np.uint8)
     mask[:, 12:] = 255
     config = make_config(dataclasses.replace(PLAIN, horizontal_flip=1.0), 32)
-    followed = data.augment_image(image, config, data.keyed_generator(0), Image.fromarray(mask))[3]
+    followed = data.augment_image(image, config, data.keyed_generator(0), mask)[3]
     assert (followed[:, :14] > 240).all()
     assert (followed[:, 18:] < 15).all()
 

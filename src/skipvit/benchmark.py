@@ -8,6 +8,7 @@ Examples:
   python -m skipvit.benchmark CONFIG data.batch_size=16 --against mindcv
   python -m skipvit.benchmark CONFIG --sweep --picture sweep.png    start x end x keep
   python -m skipvit.benchmark CONFIG --input-only data.train=DIR data.val=DIR
+  python -m skipvit.benchmark CONFIG --input-only --against "OTHER_PYTHON results/pytorch_input.py" data.train=…
   python -m skipvit.benchmark CONFIG --audit                        every operator, and where a 910A runs it
   python -m skipvit.benchmark CONFIG --predict data.batch_size=128  what the roofline allows a 910A; a prediction
 """
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
+import yaml
 from mindspore import Tensor, nn
 from mindspore import dtype as mstype
 from tqdm import tqdm
@@ -43,6 +45,7 @@ from skipvit.step import TrainStep
 
 BATCH_SIZE = 16  # where neither recipe nor command line says
 PROFILED_STEPS = 2
+INPUT_ROUNDS = 5  # of each input pipeline, in turn
 SWEEP_START, SWEEP_END, SWEEP_KEEP_RATIO = (1, 3, 5), (9, 12), (0.25, 0.5)
 # Which of MindSpore's operators make a group; what is in none is "other".
 GROUPS = {
@@ -69,6 +72,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         result = _audit(config)
     elif arguments.predict:
         result = predict(config)
+    elif arguments.input_only and arguments.against:
+        result = compare_input(config, arguments.steps, arguments.against)
     elif arguments.input_only:
         result = measure_input(config, arguments.steps)
     elif arguments.sweep:
@@ -87,7 +92,7 @@ def _parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="override any key, as in train")
     parser.add_argument("--steps", type=int, default=20, help="steps of each that are counted (default 20)")
     parser.add_argument("--warmup", type=int, default=8, help="steps before them that are not (default 8)")
-    parser.add_argument("--against", help="a third contender: `mindcv`, or a command (see results/pytorch_step.py)")
+    parser.add_argument("--against", help="another contender: `mindcv`, or a command (see results/pytorch_*.py)")
     parser.add_argument("--sweep", action="store_true", help="start x end x keep, each against the dense model")
     parser.add_argument("--picture", type=Path, help="with --sweep: speed-up against its bound, as PNG")
     parser.add_argument("--input-only", action="store_true", help="the data pipeline alone, images/s")
@@ -532,6 +537,49 @@ def measure_input(config: Config, steps: int) -> dict[str, Any]:
     rate = batch * (len(times) - 2) / sum(times[2:])
     print(f"input alone: {rate:.1f} images/s, {config.data.num_workers} workers of {folders.train.root}")
     return {"input_images_per_second": round(rate, 1), "workers": config.data.num_workers, "images": len(folders.train)}
+
+
+def compare_input(config: Config, steps: int, against: str) -> dict[str, Any]:
+    """Images/s of the training input with one worker on one core, and of another's, in turn.
+
+    Each runs in a process of its own, alone, for what was made ahead in another's turn would count as made at once.
+    ``against`` is a command that takes a folder, a batch size and a number of batches.
+
+    Raises:
+        UserError: the recipe has no folder of its own for it to read.
+        RunFailed: a process failed.
+    """
+    if config.data.train == "clutter":
+        raise UserError("data.train: is clutter; --input-only --against needs a folder of JPEGs")
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # and so for all that is started from here
+    single = config.replace(data=dataclasses.replace(config.data, num_workers=1))
+    unmixed = single.replace(augment=dataclasses.replace(config.augment, mixup=0.0, cutmix=0.0))
+    rates: dict[str, list[float]] = {"own": [], "own_unmixed": [], against: []}
+    with tempfile.TemporaryDirectory(prefix="skipvit-benchmark-") as folder:
+        commands = {against: [*shlex.split(against), config.data.train, str(config.data.batch_size), str(steps)]}
+        for name, contender in (("own", single), ("own_unmixed", unmixed)):
+            recipe = Path(folder, f"{name}.yaml")
+            recipe.write_text(yaml.safe_dump(contender.to_dict()))
+            own = [sys.executable, "-m", "skipvit.benchmark", str(recipe), "--input-only", "--steps", str(steps)]
+            commands[name] = own
+        for _ in tqdm(range(INPUT_ROUNDS), unit="round", disable=not sys.stderr.isatty()):
+            for name, of_rounds in rates.items():
+                done = subprocess.run(commands[name], stdout=subprocess.PIPE, text=True, check=False)
+                if done.returncode:
+                    raise RunFailed(f"{name}: its process ended with {done.returncode}; what it said is above")
+                of_rounds.append(json.loads(done.stdout.splitlines()[-1])["input_images_per_second"])
+    result: dict[str, Any] = {"steps": steps, "rounds": INPUT_ROUNDS, "simplejpeg": data.simplejpeg is not None}
+    for name, of_rounds in rates.items():
+        low, median, high = (round(float(np.percentile(of_rounds, share)), 1) for share in (25, 50, 75))
+        result[name] = {"input_images_per_second": median, "quartiles": [low, high]}
+    theirs = np.array(rates[against])
+    for key, name in (("input_speed_up", "own"), ("input_speed_up_unmixed", "own_unmixed")):
+        result[key] = round(float(np.median(rates[name]) / np.median(theirs)), 3)
+        quartiles = [round(float(np.percentile(np.array(rates[name]) / theirs, share)), 3) for share in (25, 75)]
+        result[f"{key}_quartiles"] = quartiles
+        print(f"{name}: {result[name]['input_images_per_second']} images/s, {result[key]:.2f} times {against}")
+    return result
 
 
 def predict(config: Config) -> dict[str, Any]:
