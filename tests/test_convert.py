@@ -320,6 +320,7 @@ def test_a_config_json_that_is_no_small_file_is_passed_over(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
+        (["{tmp}/in.safetensors"], ["required: OUT; "]),
         (["{tmp}/no.safetensors", "{tmp}/out.ckpt"], ["{tmp}/no.safetensors", "no such file"]),
         (["{tmp}/in.pth", "{tmp}/out.ckpt"], ["{tmp}/in.pth", ".safetensors", "without --reverse"]),
         (["{tmp}/in.safetensors", "{tmp}/out.safetensors"], ["{tmp}/out.safetensors", ".ckpt"]),

@@ -89,7 +89,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 def _parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser = Parser(prog="python -m skipvit.benchmark", description=__doc__)
     parser.add_argument("config", metavar="CONFIG", nargs="?", help="a recipe; none: ViT-S/16, 224, 1000 classes")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="override any key, as in train")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="override any key, as in train")
     parser.add_argument("--steps", type=int, default=20, help="steps of each that are counted (default 20)")
     parser.add_argument("--warmup", type=int, default=8, help="steps before them that are not (default 8)")
     parser.add_argument("--against", help="another contender: `mindcv`, or a command (see results/pytorch_*.py)")

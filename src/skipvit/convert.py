@@ -6,8 +6,8 @@ image size in pixels a side (the position embedding is resampled). What the pixe
 config.json beside the file, as the Hugging Face hub has it, otherwise from the name: deit_* ImageNet's mean and
 deviation, vit_* one half; data.mean and data.std set it.
 
-The format has no checksum: --sha256 takes the one that the weights were published with. Without it what is damaged in the
-numbers themselves goes unnoticed, and the file's own checksum stands in the JSON line, to be compared by eye.
+The format has no checksum: --sha256 takes the one that the weights were published with. Without it what is damaged in
+the numbers themselves goes unnoticed, and the file's own checksum stands in the JSON line, to be compared by eye.
 
 Backwards it writes the weights under timm's names, which timm loads strictly; of a run with a moving average, that.
 
@@ -56,7 +56,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser = Parser(prog="python -m skipvit.convert", description=__doc__)
     parser.add_argument("source", metavar="IN", type=Path, help="*.safetensors; with --reverse a checkpoint, *.ckpt")
     parser.add_argument("target", metavar="OUT", type=Path, help="*.ckpt; with --reverse *.safetensors")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="keys of the configuration, as in recipes")
+    parser.add_argument(
+        "overrides", metavar="key=value", nargs="*", default=[], help="keys of the configuration, as in recipes"
+    )
     parser.add_argument("--reverse", action="store_true", help="from a checkpoint of ours to timm's names")
     parser.add_argument(
         "--classes",

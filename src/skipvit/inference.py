@@ -75,7 +75,8 @@ def refuse_masks(config: Config) -> None:
     """
     if any(span.score == "mask" for span in given_spans(config)):
         raise UserError(
-            "the model chooses patches by masks, which come with a data set alone; take --no-skip, or skipvit.evaluate"
+            "the model chooses patches by masks, which come with a data set alone; "
+            "use skipvit.evaluate, or predict and export with --no-skip"
         )
 
 

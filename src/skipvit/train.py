@@ -71,7 +71,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     keys = f"keys, their defaults and what they are:\n{describe_keys()}"
     parser = Parser(prog="python -m skipvit.train", description=__doc__, epilog=keys)
     parser.add_argument("config", metavar="CONFIG", help="a recipe, such as configs/clutter/skipvit.yaml")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="override any key, such as train.epochs=10")
+    parser.add_argument(
+        "overrides", metavar="key=value", nargs="*", default=[], help="override any key, such as train.epochs=10"
+    )
     arguments = parser.parse_args(argv)
 
     config = load(arguments.config, arguments.overrides)
