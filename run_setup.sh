@@ -79,7 +79,8 @@ EOF
 }
 
 # set_up_venv FOLDER REQUIREMENTS [PYTHON]: a virtual environment with these packages, made or brought up to date
-# where it needs to be, by PYTHON. Its folder skipvit-setup holds a copy of the requirements when it is complete, and
+# where it needs to be, by PYTHON. What is installed is the lock of the requirements, which .ci/lock makes of them: a
+# package whose checksum is not in it is refused. The environment's folder skipvit-setup holds a copy of the requirements when it is complete, and
 # `unfinished` while it is being set up, so that one whose set-up was killed is begun anew. Two starts take turns.
 set_up_venv() {
   is_complete "$1" "$2" && return
@@ -91,7 +92,7 @@ set_up_venv() {
 }
 
 is_complete() {
-  [ ! -e "$1/skipvit-setup/unfinished" ] && cat "$here"/requirements*.txt | cmp -s - "$1/skipvit-setup/$2"
+  [ ! -e "$1/skipvit-setup/unfinished" ] && cat "$here"/requirements*.{txt,lock} | cmp -s - "$1/skipvit-setup/$2"
 }
 
 make_venv() {
@@ -115,10 +116,11 @@ make_venv() {
   : >"$venv/skipvit-setup/unfinished"
   [ ! -t 2 ] || quiet=
   # shellcheck disable=SC2086 # $quiet is one word or none
-  "$venv/bin/python" -m pip install $quiet --disable-pip-version-check --no-input -r "$here/$requirements" >&2 </dev/null ||
+  "$venv/bin/python" -m pip install $quiet --disable-pip-version-check --no-input --require-hashes \
+    -r "$here/${requirements%.txt}.lock" >&2 </dev/null ||
     fail "the packages of $requirements could not be installed, as said above; docs/ascend.md says how without internet"
   check_packages "$venv/bin/python"
-  cat "$here"/requirements*.txt >"$venv/skipvit-setup/$requirements"
+  cat "$here"/requirements*.{txt,lock} >"$venv/skipvit-setup/$requirements"
   rm "$venv/skipvit-setup/unfinished"
 }
 

@@ -41,7 +41,7 @@ lint() {
 lint ruff-check ruff check .
 lint ruff-format ruff format --check .
 lint mypy mypy
-lint shellcheck shellcheck ./*.sh .ci/run
+lint shellcheck shellcheck ./*.sh .ci/run .ci/lock
 # A file's tests stay together, since they share what was trained once.
 check pytest "$PYTHON" -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile "$@"
 

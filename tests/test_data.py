@@ -108,14 +108,22 @@ def test_folder_follows_links_but_no_loops_and_opens_no_pipes(tmp_path):
     (inner / "back").symlink_to(tmp_path / "root" / "a")
     (inner / "linked.png").symlink_to(tmp_path / "outside.png")
     (inner / "dangling.png").symlink_to(tmp_path / "nowhere.png")
+    (inner / "itself.png").symlink_to("itself.png")
     os.mkfifo(inner / "pipe.png")
     save_noise(tmp_path / "elsewhere" / "x.png", (3, 3), 0)
     (tmp_path / "root" / "b").symlink_to(tmp_path / "elsewhere")
     folder = ImageFolder(tmp_path / "root")
-    assert folder.names == ["a/inner/dangling.png", "a/inner/linked.png", "b/x.png"]
-    assert data.read_image(folder.path(1)).shape == (3, 3, 3)
-    with pytest.raises(UnreadableImage, match="No such file"):
-        data.read_image(folder.path(0))
+    assert folder.names == [
+        "a/inner/dangling.png",
+        "a/inner/itself.png",
+        "a/inner/linked.png",
+        "a/inner/pipe.png",
+        "b/x.png",
+    ]
+    assert data.read_image(folder.path(2)).shape == (3, 3, 3)
+    for index, reason in ((0, "No such file"), (1, "symbolic links"), (3, "a pipe, socket or device, not a file")):
+        with pytest.raises(UnreadableImage, match=reason):
+            data.read_image(folder.path(index))
 
 
 @pytest.mark.parametrize(

@@ -179,7 +179,7 @@ def clone(tmp_path):
     """A folder with the doors in it and a blank in its name, and stand-ins for every Python on PATH."""
     folder = tmp_path / "a clone"
     folder.mkdir()
-    for name in ["run_train.sh", "run_setup.sh", *(path.name for path in ROOT.glob("requirements*.txt"))]:
+    for name in ["run_train.sh", "run_setup.sh", *(path.name for path in ROOT.glob("requirements*"))]:
         shutil.copy(ROOT / name, folder / name)
     stubs = tmp_path / "stubs"
     for name in ("python3", "python3.10", "python3.11", "python3.12"):

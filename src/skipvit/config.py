@@ -662,6 +662,7 @@ def describe_keys() -> str:
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
+    override = override if len(override) < 100 else override[:100] + "…"
     if not equals or not key:
         raise UserError(f"{override}: not of the form key=value, such as train.epochs=10")
     value: Any = text or None

@@ -6,8 +6,8 @@ image size in pixels a side (the position embedding is resampled). What the pixe
 config.json beside the file, as the Hugging Face hub has it, otherwise from the name: deit_* ImageNet's mean and
 deviation, vit_* one half; data.mean and data.std set it.
 
-The format has no checksum: --sha256 takes the one that the weights were published with. Without it what is damaged in
-the numbers themselves goes unnoticed, and the file's own checksum stands in the JSON line, to be compared by eye.
+The format has no checksum: --sha256 takes the one that the weights were published with. Without it damage to the
+numbers themselves goes unnoticed; the file's own checksum stands in the JSON line, to be compared.
 
 Backwards it writes the weights under timm's names, which timm loads strictly; of a run with a moving average, that.
 

@@ -17,10 +17,12 @@ import inspect
 import math
 import mmap
 import os
+import stat
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, NamedTuple, Optional, Union
+from typing import Any, BinaryIO, Callable, NamedTuple, Optional, Union
 
 import mindspore.dataset
 import numpy as np
@@ -41,6 +43,8 @@ except ImportError:
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF")  # nothing that Pillow would run a program for
 MAX_PIXELS = 89_478_485  # of an image; from here on Pillow warns of a decompression bomb, we refuse
+MAX_IMAGE_BYTES = 1 << 29  # of a file; 16-bit RGB of so many pixels, not compressed
+MAX_ASPECT = 32  # of an image; beyond, its ends are cut off before it is resized
 NAMES_SHOWN = 5  # of many files or classes in a message
 PREFETCH_BATCHES = 4  # finished batches that wait in MindSpore's queue (128 images of 224×224 are 19 MB)
 
@@ -64,6 +68,9 @@ PILLOW_RESAMPLING = {
     Inter.NEAREST: Image.Resampling.NEAREST,
 }
 
+# What Pillow finds odd in a file is either said by us or of no interest, and not in the middle of the progress.
+warnings.filterwarnings("ignore", module=r"PIL\..*")
+
 ExtraColumn = tuple[str, Callable[[int], np.ndarray]]  # a name, and its value as a function of the global step
 
 
@@ -78,8 +85,8 @@ def keyed_generator(*key: int) -> np.random.Generator:
 class ImageFolder:
     """The images of a folder ``<class>/…/<image>``, in an order that depends on their names alone.
 
-    Only files with one of `IMAGE_SUFFIXES` count; hidden files and folders do not. Links are followed, save into
-    a folder that the link itself lies in. A link to nothing counts as an image, which then cannot be read:
+    Only what has one of `IMAGE_SUFFIXES` counts; what is hidden does not. Links are followed, save into a folder that
+    the link itself lies in. A link to nothing, a pipe or a device counts as an image, which then cannot be read:
     better named than passed over.
 
     Attributes:
@@ -99,7 +106,7 @@ class ImageFolder:
             kind = "is a file, not a folder" if self.root.exists() else "does not exist"
             raise UserError(f"{where}: {self.root} {kind}; give a folder with one folder of images a class")
         try:
-            self.classes = tuple(sorted(entry.name for entry in _visible(self.root) if entry.is_dir()))
+            self.classes = tuple(sorted(entry.name for entry in _visible(self.root) if _is_folder(entry)))
             if not self.classes:
                 raise UserError(f"{where}: {self.root} holds no class folders; put images into <class>/<image>")
             if {"train", "val"} <= set(self.classes):
@@ -151,6 +158,13 @@ def _visible(folder: Union[str, Path]) -> Iterator["os.DirEntry[str]"]:
         yield from (entry for entry in entries if not entry.name.startswith("."))
 
 
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
 def _images_below(folder: Path, name: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
     """Names of the images in ``folder`` and its folders; ``above`` identifies the folders it lies in."""
     status = os.stat(folder)
@@ -158,15 +172,10 @@ def _images_below(folder: Path, name: str, above: tuple[tuple[int, int], ...] = 
     if identity in above:  # a link that leads back up
         return
     for entry in _visible(folder):
-        if entry.is_dir():
+        if _is_folder(entry):
             yield from _images_below(Path(entry.path), f"{name}/{entry.name}", (*above, identity))
-        elif entry.name.lower().endswith(IMAGE_SUFFIXES) and not _is_special(entry):
+        elif entry.name.lower().endswith(IMAGE_SUFFIXES):
             yield f"{name}/{entry.name}"
-
-
-def _is_special(entry: "os.DirEntry[str]") -> bool:
-    """A pipe, socket or device, which to read may never end."""
-    return not entry.is_file() and os.path.exists(entry.path)
 
 
 def check_same_classes(train: ImageFolder, val: ImageFolder) -> None:
@@ -261,7 +270,7 @@ def _plain_jpeg(path: Union[str, Path], least_side: Optional[int]) -> Optional[n
     Both have libjpeg-turbo at work, but Pillow then copies pixels in and out of memory of its own.
     """
     try:
-        with open(path, "rb", buffering=0) as file:
+        with _open_file(path) as file:
             start = file.read(3)
             if start != b"\xff\xd8\xff":
                 return None
@@ -290,12 +299,12 @@ def open_image(path: Union[str, Path], least_side: Optional[int] = None) -> Imag
             many pixels; None: in full.
 
     Raises:
-        UnreadableImage: missing, no image, truncated, corrupt, of more than `MAX_PIXELS` pixels, or of a kind
-            whose values have no known scale (floating point). Damage that the format does not reveal is not
-            noticed: a JPEG's scan carries no checksum.
+        UnreadableImage: missing, no image, truncated, corrupt, no ordinary file, of more than `MAX_PIXELS` pixels or
+            `MAX_IMAGE_BYTES`, or of a kind whose values have no known scale (floating point). Damage that the format
+            does not reveal is not noticed: a JPEG's scan carries no checksum.
     """
     try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
+        with _open_file(path) as file, Image.open(file, formats=IMAGE_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise UnreadableImage(path, f"{image.width} by {image.height} pixels are more than {MAX_PIXELS}")
             if least_side is not None:
@@ -311,6 +320,22 @@ def open_image(path: Union[str, Path], least_side: Optional[int] = None) -> Imag
     except Exception as error:  # Pillow's decoders raise nearly every kind on damaged files
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         raise UnreadableImage(path, reason) from error
+
+
+def _open_file(path: Union[str, Path]) -> BinaryIO:
+    """Open an ordinary file; a pipe is not waited for."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    status, reason = os.fstat(descriptor), None
+    if stat.S_ISDIR(status.st_mode):
+        reason = "Is a directory"
+    elif not stat.S_ISREG(status.st_mode):
+        reason = "a pipe, socket or device, not a file"
+    elif status.st_size > MAX_IMAGE_BYTES:
+        reason = f"{status.st_size} bytes are more than {MAX_IMAGE_BYTES}"
+    if reason is None:
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    raise UnreadableImage(path, reason)
 
 
 def _exif_orientation(image: Image.Image) -> int:
@@ -361,6 +386,10 @@ def resize_and_crop(image: Image.Image, size: int, crop_ratio: float, resample: 
     """
     shorter = shorter_side(size, crop_ratio)
     width, height = image.size
+    if max(width, height) > MAX_ASPECT * min(width, height):  # 20,000 × 1 would become 5,000,000 × 256
+        beyond = max(0, width - MAX_ASPECT * height) // 2, max(0, height - MAX_ASPECT * width) // 2
+        image = image.crop((beyond[0], beyond[1], width - beyond[0], height - beyond[1]))
+        width, height = image.size
     if width <= height:
         wanted = (shorter, max(shorter, int(shorter * height / width)))
     else:

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from skipvit.config import UserError
+from skipvit.log import one_line
 
 SUFFIXES = (".png", ".pdf", ".svg")
 DIMMED = 0.8  # share of white in what skipped
@@ -245,6 +246,7 @@ def speed_ups(rows: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def _shortened(text: str, most: int) -> str:
+    text = one_line(text)
     return text if len(text) <= most else text[: most - 1] + "…"
 
 

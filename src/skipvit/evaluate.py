@@ -24,7 +24,7 @@ from skipvit import checkpoint, runtime
 from skipvit.config import Config, UserError, given_spans, keeping
 from skipvit.data import EvalBatches, ImageFolder, check_masks, mask_path, object_patches, to_dataset
 from skipvit.inference import Classify
-from skipvit.log import Parser, RunFailed, run_command
+from skipvit.log import Parser, RunFailed, one_line, run_command
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         skip_unreadable=arguments.skip_unreadable,
     )
     for path in result.unreadable:
-        print(f"left out, cannot be read: {path}")
+        print(f"left out, cannot be read: {one_line(path)}")
     print(f"Top-1 {result.top1:.2f}%  Top-5 {result.top5:.2f}%  of {result.images} images in {folder.root}")
     print(json.dumps(summary(result)))
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Union
 
 import numpy as np
 from mindspore import Tensor, nn
@@ -80,7 +80,9 @@ def refuse_masks(config: Config) -> None:
         )
 
 
-def look(classify: Classify, config: Config, paths: Sequence[Path], batch_size: int) -> Iterator[Seen]:
+def look(
+    classify: Classify, config: Config, paths: Sequence[Path], batch_size: int, skip_unreadable: bool = False
+) -> Iterator[Union[Seen, UnreadableImage]]:
     """Run the model over images, in order.
 
     Args:
@@ -88,6 +90,7 @@ def look(classify: Classify, config: Config, paths: Sequence[Path], batch_size: 
         config: its configuration: the images' geometry.
         paths: of the images.
         batch_size: images at once; the last batch is padded, so that there is one graph.
+        skip_unreadable: give what is wrong with an image in its place, instead of raising.
 
     Raises:
         UserError: an image cannot be read, or the model needs masks.
@@ -96,17 +99,27 @@ def look(classify: Classify, config: Config, paths: Sequence[Path], batch_size: 
     refuse_masks(config)
     size, N = config.model.image_size, config.model.num_patches
 
-    def read(path: Path) -> np.ndarray:
-        return evaluation_image(_open(path), config)
+    def read(path: Path) -> Union[np.ndarray, UnreadableImage]:
+        try:
+            return evaluation_image(open_image(path), config)
+        except UnreadableImage as error:
+            if skip_unreadable:
+                return error
+            raise UserError(str(error)) from None
 
     with ThreadPoolExecutor(config.data.num_workers) as threads:
         for first in range(0, len(paths), batch_size):
             chosen = paths[first : first + batch_size]
             images = np.zeros((batch_size, 3, size, size), np.uint8)
-            images[: len(chosen)] = list(threads.map(read, chosen))
+            read_ones = list(threads.map(read, chosen))
+            for image, pixels in zip(images, read_ones):
+                image[...] = 0 if isinstance(pixels, UnreadableImage) else pixels
             logits, *choices = (output.asnumpy() for output in classify(Tensor(images)))
             spans = len(choices) // 3
-            for index in range(len(chosen)):
+            for index, pixels in enumerate(read_ones):
+                if isinstance(pixels, UnreadableImage):
+                    yield pixels
+                    continue
                 if not np.isfinite(logits[index]).all():
                     raise RunFailed(f"{chosen[index]}: the model's logits are not finite, its weights are spoilt")
                 kept = [_spread(places[index], True, np.zeros(N, bool)) for places in choices[:spans]]
@@ -129,7 +142,12 @@ def class_name(classes: Sequence[str], index: int) -> str:
 
 
 def views(
-    classify: Classify, config: Config, classes: Sequence[str], paths: Sequence[Path], batch_size: int
+    classify: Classify,
+    config: Config,
+    classes: Sequence[str],
+    paths: Sequence[Path],
+    batch_size: int,
+    skip_unreadable: bool = False,
 ) -> list[list[draw.View]]:
     """For each image, how each span that skips chose: what `draw.tokens` draws.
 
@@ -139,10 +157,14 @@ def views(
         classes: their names.
         paths: of the images.
         batch_size: images at once.
+        skip_unreadable: have nothing for an image that cannot be read, instead of raising.
     """
     grid = config.model.image_size // config.model.patch_size
-    shown = []
-    for path, seen in zip(paths, look(classify, config, paths, batch_size)):
+    shown: list[list[draw.View]] = []
+    for path, seen in zip(paths, look(classify, config, paths, batch_size, skip_unreadable)):
+        if isinstance(seen, UnreadableImage):
+            shown.append([])
+            continue
         best = int(seen.probabilities.argmax())
         name, probability = class_name(classes, best), round(float(seen.probabilities[best]), 6)
         image = displayed(path, config)
@@ -157,18 +179,15 @@ def views(
 
 def displayed(path: Path, config: Config) -> np.ndarray:
     """What the model sees of an image, as sharp as the file has it: uint8 ``(S', S', 3)``, S' a multiple of S."""
-    image, size = _open(path), config.model.image_size
+    size = config.model.image_size
+    try:
+        image = open_image(path)
+    except UnreadableImage as error:
+        raise UserError(str(error)) from None
     pixels_there = min(image.size) // shorter_side(size, config.data.val_crop_ratio)
     times = max(1, min(-(-SHOWN_SIDE // size), pixels_there))
     larger = config.replace(model=replace(config.model, image_size=times * size))
     return evaluation_image(image, larger).transpose(1, 2, 0)
-
-
-def _open(path: Path):
-    try:
-        return open_image(path)
-    except UnreadableImage as error:
-        raise UserError(str(error)) from None
 
 
 def _spread(places: np.ndarray, values, background: np.ndarray) -> np.ndarray:

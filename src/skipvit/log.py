@@ -68,6 +68,11 @@ def run_command(main: Callable[[Optional[Sequence[str]]], Any], argv: Optional[S
         _log_traceback()
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
+    except MemoryError as error:
+        _log_traceback()
+        reason = f" ({one_line(error)})" if str(error) else ""
+        print(f"error: out of memory{reason}; give a smaller batch, smaller images or a smaller model", file=sys.stderr)
+        return 1
     except BrokenPipeError:
         # The reader of our output (`| head`) has gone; nothing is wrong here.
         _silence_output()
@@ -87,8 +92,9 @@ def run_command(main: Callable[[Optional[Sequence[str]]], Any], argv: Optional[S
 
 
 def one_line(message: Any) -> str:
-    """A message with line breaks and the like folded to blanks, so that it stays one line whatever a name holds."""
-    return " ".join(str(message).split())
+    """A message that stays one line, and does nothing to a terminal, whatever a file's name in it holds."""
+    folded = " ".join(str(message).split())
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in folded)
 
 
 class RunLog:
@@ -123,6 +129,7 @@ class RunLog:
     def say(self, message: str) -> None:
         """One line for people."""
         if self.folder is not None:
+            message = one_line(message)
             self._show(message)
             self._log(message)
 

@@ -159,6 +159,7 @@ class Trainer:
         self.steps_per_epoch = steps_per_epoch(len(folders.train), self.global_batch)
         self.total_steps = config.train.epochs * self.steps_per_epoch
         self.best_top1 = -1.0
+        self.left_out: set[str] = set()  # validation images that could not be read
         self.step_count = 0
         self.source: Optional[checkpoint.Checkpoint] = None  # of the initial weights, for a run that begins
         self.lock: Optional[IO[str]] = None
@@ -479,9 +480,10 @@ class Trainer:
                 paths = [images.path(index) for index in chosen]
                 # Of validation's batch size: its graph is there already.
                 batch_size = min(config.data.batch_size, len(images))
-                shown = views(self.classify, config, images.classes, paths, batch_size)
-                rows = [draw.Row(str(path), of_image[:1]) for path, of_image in zip(paths, shown)]
-                draw.write(draw.tokens(rows), self.folder / "tokens.png")
+                shown = views(self.classify, config, images.classes, paths, batch_size, skip_unreadable=True)
+                rows = [draw.Row(str(path), of_image[:1]) for path, of_image in zip(paths, shown) if of_image]
+                if rows:
+                    draw.write(draw.tokens(rows), self.folder / "tokens.png")
         except (UserError, OSError) as error:
             self.log.say(f"warning: no pictures: {error}")
 
@@ -552,6 +554,9 @@ class Trainer:
                         result = self.validate(can_stop=not at_end)
                     except Stopped:
                         stopping = True
+                    except UserError:  # of images: what was trained is not lost by that
+                        self.save(None)
+                        raise
                 self.save(result)
                 self.watch.done(f"the checkpoint of step {self.step_count}")
                 clock.start()
@@ -681,13 +686,33 @@ class Trainer:
             masks=self.folders.masks,
             rank=self.process.rank,
             ranks=self.process.ranks,
+            skip_unreadable=True,
             after_each_batch=batch_done,
         )
+        self.note_left_out(result)
         epochs = self.step_count / self.steps_per_epoch
         self.log.say(f"epoch {epochs:g}/{self.config.train.epochs}: Top-1 {result.top1:.2f}%, Top-5 {result.top5:.2f}%")
         if record:
             self.log.metrics({"step": self.step_count, "epoch": epochs, **summary(result)})
         return result
+
+    def note_left_out(self, result: Result) -> None:
+        """Name the validation images that could not be read, each once.
+
+        Raises:
+            UserError: they are more than ``data.max_unreadable_share``; the same on every rank.
+        """
+        for path in result.unreadable:
+            if path not in self.left_out:
+                self.log.say(f"warning: left out of the validation, cannot be read: {path}")
+        self.left_out.update(result.unreadable)
+        total, allowed = len(self.folders.val), self.config.data.max_unreadable_share
+        if total - result.images > allowed * total:
+            raise UserError(
+                f"data.val: {total - result.images} of {total} images cannot be read "
+                f"(data.max_unreadable_share allows {allowed:.2%}), such as {', '.join(result.unreadable[:5])}; "
+                "mend or remove them"
+            )
 
     def save(self, result: Optional[Result]) -> None:
         """Write ``best`` where the result is the best so far, then ``last``.

@@ -24,7 +24,7 @@ from typing import Any, Optional
 from skipvit import checkpoint, draw, runtime
 from skipvit.config import SCORES, UserError
 from skipvit.inference import Classify, list_images, views
-from skipvit.log import METRICS, Parser, read_metrics, run_command
+from skipvit.log import METRICS, Parser, one_line, read_metrics, run_command
 
 MOST_IMAGES = 64  # in one picture
 BATCH_SIZE = 8
@@ -41,6 +41,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         help=f"CHECKPOINT IMAGE|FOLDER ... (at most {MOST_IMAGES} images), or RUN_FOLDER ...",
     )
     parser.add_argument("-o", "--output", type=Path, required=True, help="the picture: *.png, *.pdf or *.svg")
+    parser.add_argument("--skip-unreadable", action="store_true", help="leave unreadable images out, and name them")
     parser.add_argument("--spans", action="store_true", help="every span of blocks, not just the first")
     parser.add_argument(
         "--compare",
@@ -56,7 +57,13 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         figure = draw_runs(paths)
         summary["runs"] = [str(path) for path in paths]
     else:
-        rows = choices(paths, arguments.compare, arguments.spans)
+        rows = choices(paths, arguments.compare, arguments.spans, arguments.skip_unreadable)
+        for row in rows:
+            if not row.views:
+                print(f"left out, cannot be read: {one_line(row.name)}")
+        rows = [row for row in rows if row.views]
+        if not rows:
+            raise UserError("none of the images can be read; give others")
         figure = draw.tokens(rows)
         summary["images"] = [describe(row) for row in rows]
     draw.write(figure, arguments.output)
@@ -74,8 +81,10 @@ def draw_runs(folders: Sequence[Path]) -> Any:
     return draw.curves({name: read_metrics(folder) for name, folder in zip(names, folders)})
 
 
-def choices(paths: Sequence[Path], compare: Optional[Sequence[str]], spans: bool) -> list[draw.Row]:
-    """Each image with what was chosen of it: by the checkpoint, or by the two that are compared."""
+def choices(
+    paths: Sequence[Path], compare: Optional[Sequence[str]], spans: bool, skip_unreadable: bool
+) -> list[draw.Row]:
+    """Each image with what was chosen of it: by the checkpoint, or by the two that are compared; or with nothing."""
     models: list[tuple[Path, Optional[str]]]
     if compare and not set(compare) & set(SCORES):
         models = [(Path(path), None) for path in compare]
@@ -86,7 +95,8 @@ def choices(paths: Sequence[Path], compare: Optional[Sequence[str]], spans: bool
     if not 1 <= len(images) <= MOST_IMAGES:
         raise UserError(f"{len(images)} images given; give 1 to {MOST_IMAGES} after the checkpoint")
     runtime.start()
-    chosen = [chosen_by(path, score, images, spans, named=compare is not None) for path, score in models]
+    named = compare is not None
+    chosen = [chosen_by(path, score, images, spans, named, skip_unreadable) for path, score in models]
     return [
         draw.Row(str(image), [view for of_model in of_image for view in of_model])
         for image, *of_image in zip(images, *chosen)
@@ -94,7 +104,7 @@ def choices(paths: Sequence[Path], compare: Optional[Sequence[str]], spans: bool
 
 
 def chosen_by(
-    path: Path, score: Optional[str], images: Sequence[Path], spans: bool, named: bool
+    path: Path, score: Optional[str], images: Sequence[Path], spans: bool, named: bool, skip_unreadable: bool
 ) -> list[list[draw.View]]:
     """For each image the views of one checkpoint, with its own score or another."""
     saved = checkpoint.load(path)
@@ -106,7 +116,8 @@ def chosen_by(
     net = checkpoint.build_model(replace(saved, config=config))
     if not net.span_bounds:
         raise UserError(f"{path}: no token skips in its model, so there is no choice to show")
-    seen = views(Classify(net, config), config, saved.meta["classes"], images, min(BATCH_SIZE, len(images)))
+    batch_size = min(BATCH_SIZE, len(images))
+    seen = views(Classify(net, config), config, saved.meta["classes"], images, batch_size, skip_unreadable)
     name = score or f"{path.parent.name}/{path.name}"
     titles = [", ".join([name] * named + [f"blocks {start} to {end - 1}"] * spans) for start, end in net.span_bounds][
         : None if spans else 1

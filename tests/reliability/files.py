@@ -274,11 +274,35 @@ def hostile_safetensors(good):
         small = {"pos_embed": [1, 5, 192], "cls_token": [1, 1, 192], "patch_embed.proj.weight": [192, 3, 16, 16]}
         yield f"head of {shape}", of_zeros({**small, "head.weight": shape} if np.prod(shape) < 1e6 else small)
     for patches in ([192, 3, 0, 0], [192, 0, 16, 16], [0, 3, 16, 16], [192, 3, 16, 8], [192]):
-        yield f"patches of {patches}", of_zeros({"pos_embed": [1, 5, 192], "cls_token": [1, 1, 192], "patch_embed.proj.weight": patches})
+        yield (
+            f"patches of {patches}",
+            of_zeros({"pos_embed": [1, 5, 192], "cls_token": [1, 1, 192], "patch_embed.proj.weight": patches}),
+        )
     for positions in ([1, 1, 192], [1, 0, 192], [1, 2, 0], [1, 4, 192], [1, 3, 192]):
-        yield f"positions of {positions}", of_zeros({"pos_embed": positions, "cls_token": [1, 1, 192], "patch_embed.proj.weight": [192, 3, 16, 16], "head.weight": [2, 192]})
+        yield (
+            f"positions of {positions}",
+            of_zeros(
+                {
+                    "pos_embed": positions,
+                    "cls_token": [1, 1, 192],
+                    "patch_embed.proj.weight": [192, 3, 16, 16],
+                    "head.weight": [2, 192],
+                }
+            ),
+        )
     for name in ("blocks.", "blocks.x.y", "blocks.9999999999.w", "a" * 10_000, "\n", "\x00", "../x"):
-        yield f"tensor named {name[:20]!r}", of_zeros({"pos_embed": [1, 5, 192], "cls_token": [1, 1, 192], "patch_embed.proj.weight": [192, 3, 16, 16], "head.weight": [2, 192], name: [1]})
+        yield (
+            f"tensor named {name[:20]!r}",
+            of_zeros(
+                {
+                    "pos_embed": [1, 5, 192],
+                    "cls_token": [1, 1, 192],
+                    "patch_embed.proj.weight": [192, 3, 16, 16],
+                    "head.weight": [2, 192],
+                    name: [1],
+                }
+            ),
+        )
     arrays = safetensors.numpy.load(good)
     yield "NaN", safetensors.numpy.save({**arrays, "head.bias": np.full(2, np.nan, np.float32)})
 
@@ -343,7 +367,9 @@ def child(work, first):
         started = time.monotonic()
         outcome, said = open_one(work, kind, name, image)
         seconds = time.monotonic() - started
-        print(json.dumps([index, outcome if seconds < SECONDS else "slow", said[:300]]), file=sys.__stdout__, flush=True)
+        print(
+            json.dumps([index, outcome if seconds < SECONDS else "slow", said[:300]]), file=sys.__stdout__, flush=True
+        )
 
 
 # ------------------------------------------------------------------------------------------------- the parent
