@@ -6,8 +6,8 @@
 heads are trained on the tokens of `clutter`'s training pictures, the network as it is, and tried on unseen pictures: on
 the patches that were kept and on those that skipped. One tells object from background; so does a patch by itself, for
 `clutter`'s textures show in every patch, but not a token out of its place (the tokens of a picture in a random order).
-The other tells from a patch of background which class is in the picture: that a token can know from others only, a
-skipped one since it has rejoined.
+The other tells from a patch of background which class is in the picture: that a token can know from others only, from
+the blocks before it skipped or since it has rejoined.
 
 Balanced accuracy is the mean over the answers of the share of their patches that are told right: 50% and 10% for a head
 that knows nothing, whatever it answers. Last a line of JSON.
