@@ -5,9 +5,9 @@
 `forward_features` gives every patch's token in image order, also of the patches that skipped the middle blocks. Linear
 heads are trained on the tokens of `clutter`'s training pictures, the network as it is, and tried on unseen pictures: on
 the patches that were kept and on those that skipped. One tells object from background; so does a patch by itself, for
-`clutter`'s textures show in every patch, but not a token out of its place (the tokens of a picture in a random order).
-The other tells from a patch of background which class is in the picture: that a token can know from others only, from
-the blocks before it skipped or since it has rejoined.
+`clutter`'s textures show in every patch. The other tells from a patch of background which class is in the picture: that
+a token can know from others only. Beside both, the same heads on what each token was when kept and skipped were parted:
+what a skipped one knows more it has learnt since it has rejoined.
 
 Balanced accuracy is the mean over the answers of the share of their patches that are told right: 50% and 10% for a head
 that knows nothing, whatever it answers. Last a line of JSON.
@@ -29,20 +29,24 @@ BATCH_SIZE, STEPS, PATCHES_A_STEP = 50, 400, 2048
 
 
 class Tokens(nn.Cell):
-    """Tokens of all patches, what they were before the first block, and the patches that were kept; one graph."""
+    """Tokens of all patches at the end, when they were parted, and before the first block; and the patches kept."""
 
     def __init__(self, net):
         super().__init__(auto_prefix=False)
         self.net = net
 
     def construct(self, images):
-        """``(B, 3, S, S)`` to ``(B, N, D)``, ``(B, N, D)`` and ``(B, K)``."""
-        features = self.net.forward_features(images)[:, 1:]
-        return features, self.net.embed(images)[:, 1:], self.net.kept_tokens(images)
+        """``(B, 3, S, S)`` to three times ``(B, N, D)``, and ``(B, K)``."""
+        embedded = self.net.embed(images)
+        parted = embedded
+        for i in range(self.net.span_bounds[0][0]):
+            parted, _ = self.net.run_block(i, parted, None, None, False)
+        features = self.net.forward_features(images)
+        return features[:, 1:], parted[:, 1:], embedded[:, 1:], self.net.kept_tokens(images)
 
 
 def look(tokens, config, folder, masks, count):
-    """Rows of patches, over ``count`` pictures: tokens and embeddings ``(P, D)``; is object, and the picture's class,
+    """Rows of patches, over ``count`` pictures: `Tokens`' three ``(P, D)``; is object, and the picture's class,
     -1 where some of the object is, ``(P,)`` int32; was kept ``(P,)`` bool.
     """
     mean, std = (np.array(values, np.float32).reshape(3, 1, 1) for values in (config.data.mean, config.data.std))
@@ -51,12 +55,12 @@ def look(tokens, config, folder, masks, count):
     for first in range(0, count - BATCH_SIZE + 1, BATCH_SIZE):
         batch = chosen[first : first + BATCH_SIZE]
         pixels = np.stack([evaluation_image(open_image(folder.path(index)), config) for index in batch])
-        features, embedded, places = (value.asnumpy() for value in tokens(Tensor((pixels / 255 - mean) / std)))
-        kept = np.zeros(features.shape[:2], bool)
+        *rows, places = (value.asnumpy() for value in tokens(Tensor((pixels / 255 - mean) / std)))
+        kept = np.zeros(rows[0].shape[:2], bool)
         np.put_along_axis(kept, places, True, axis=1)
         covered = np.stack([object_patches(mask_path(masks, folder.names[index]), config) for index in batch])
         classes = np.broadcast_to(folder.labels[batch, None], kept.shape)
-        rows = (features, embedded, (covered > 0.5).astype(np.int32), np.where(covered > 0, -1, classes), kept)
+        rows += [(covered > 0.5).astype(np.int32), np.where(covered > 0, -1, classes), kept]
         parts.append([value.reshape(-1, *value.shape[2:]) for value in rows])
     return [np.concatenate(column) for column in zip(*parts)]
 
@@ -66,7 +70,9 @@ def train_head(rows, label):
     counts = np.bincount(label)
     head = nn.Dense(rows.shape[1], len(counts))
     loss = nn.CrossEntropyLoss(Tensor((len(label) / len(counts) / counts).astype(np.float32)))
-    step = nn.TrainOneStepCell(nn.WithLossCell(head, loss), nn.Adam(head.trainable_params(), 1e-2)).set_train()
+    step = nn.TrainOneStepCell(
+        nn.WithLossCell(head, loss), nn.AdamWeightDecay(head.trainable_params(), 1e-2)
+    ).set_train()
     generator = np.random.default_rng(0)
     for _ in range(STEPS):
         chosen = generator.integers(0, len(rows), PATCHES_A_STEP)
@@ -89,25 +95,25 @@ def main(checkpoint, pictures=1000, root=None):
         look(tokens, saved.config, ImageFolder(root / part), root / "masks" / part, pictures)
         for part in ("train", "val")
     )
-    places = np.arange(len(val[0])).reshape(-1, saved.config.model.num_patches)
-    shuffled = val[0][np.random.default_rng(0).permuted(places, axis=1).reshape(-1)]
     result = {}
     print("balanced accuracy                                 kept patches   skipped patches")
     for task, column, question in (
-        ("object", 2, "object or background?"),
-        ("class", 3, "which class is in the picture?"),
+        ("object", 3, "object or background?"),
+        ("class", 4, "which class is in the picture?"),
     ):
         print(question)
         known, asked = train[column] >= 0, val[column] >= 0
-        of_tokens, of_patches = (train_head(rows[known], train[column][known]) for rows in train[:2])
-        for name, head, rows, source in (
-            ("token", of_tokens, val[0], "from the tokens"),
-            ("patch", of_patches, val[1], "from the patches themselves"),
-            ("shuffled", of_tokens, shuffled, "from tokens in another order"),
+        for index, (name, source) in enumerate(
+            (
+                ("token", "from the tokens"),
+                ("parted", "from the tokens when they were parted"),
+                ("patch", "from the patches themselves"),
+            )
         ):
-            told = head(Tensor(rows)).asnumpy().argmax(1)
+            head = train_head(train[index][known], train[column][known])
+            told = head(Tensor(val[index])).asnumpy().argmax(1)
             kept, skipped = (
-                balanced_accuracy(told[chosen], val[column][chosen]) for chosen in (asked & val[4], asked & ~val[4])
+                balanced_accuracy(told[chosen], val[column][chosen]) for chosen in (asked & val[5], asked & ~val[5])
             )
             result.update({f"{task}_{name}_kept": kept, f"{task}_{name}_skipped": skipped})
             print(f"    {source:45} {kept:11.1f}%   {skipped:14.1f}%")
