@@ -29,11 +29,11 @@ RECIPE = {
 }
 
 
-def write_inputs(work):
-    """Images and a recipe in which every kind of state is used."""
+def write_inputs(work, sections=RECIPE):
+    """Images and a recipe, by default one in which every kind of state is used."""
     runs.write_images(work / "train", 4 * STEPS_AN_EPOCH + 2)
     runs.write_images(work / "val", 7, seed=1)
-    runs.write_recipe(work / "recipe.yaml", **RECIPE)
+    runs.write_recipe(work / "recipe.yaml", **sections)
 
 
 def prepare(work):
