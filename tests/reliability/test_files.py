@@ -2,6 +2,7 @@
 
 import pytest
 import runs
+
 from reliability import files as part
 
 pytest.importorskip("safetensors.numpy")
