@@ -1,6 +1,7 @@
 """The doors' shell: which recipe, which Python, and a set-up that survives being killed; with stand-ins for Python."""
 
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -275,3 +276,15 @@ def test_no_fit_python(clone):
         "error: no Python 3.10, 3.11 or 3.12 that can make a virtual environment (python3 is Python 3.1"
     )
     assert not (clone / ".venv").exists()
+
+
+@pytest.mark.parametrize("name", ["requirements", "requirements-dev", "requirements-ms200"])
+def test_the_locks_are_of_the_requirements(name):
+    """A pin that was changed and not locked would not be what is installed: `bash .ci/lock`."""
+    wanted = re.findall(r"^([A-Za-z0-9_.-]+)==([^\s;]+)", (ROOT / f"{name}.txt").read_text(), flags=re.MULTILINE)
+    lock = (ROOT / f"{name}.lock").read_text()
+    locked = {(package, version) for package, version in re.findall(r"^([a-z0-9-]+)==([^\s;]+)", lock, re.MULTILINE)}
+    assert {(re.sub(r"[-_.]+", "-", package).lower(), version) for package, version in wanted} <= locked
+    entries = re.split(r"\n(?=[a-z])", lock)
+    assert all("--hash=sha256:" in entry for entry in entries if "==" in entry)
+    assert "://" not in lock, "an index of somebody's"

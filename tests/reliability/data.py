@@ -239,10 +239,12 @@ def named_by_predict(work):
 
 
 def named_by_visualize(work):
-    """A class at a time, by portions: a picture holds 64 images."""
-    images, named, mark = sorted(path for path in listed(work / "val")), set(), "left out, cannot be read: val/"
-    for first in range(0, len(images), 50):
-        chosen = [os.path.join("val", os.path.relpath(path, work / "val")) for path in images[first : first + 50]]
+    """By portions, for a picture holds 64 images; what is no file is refused by its name before anything is read."""
+    images = sorted(path for path in listed(work / "val"))
+    named = {one_line(path.relative_to(work / "val")) for path in images if not path.is_file()}
+    images, mark = [path for path in images if path.is_file()], "left out, cannot be read: val/"
+    for first in range(0, len(images), 60):
+        chosen = [Path("val", path.relative_to(work / "val")) for path in images[first : first + 60]]
         ended = runs.run(
             "visualize", "good.ckpt", *chosen, "--skip-unreadable", "-o", "tokens.png", cwd=work, timeout=SECONDS
         )

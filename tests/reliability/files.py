@@ -23,6 +23,7 @@ from skipvit import checkpoint, config, convert, predict
 from skipvit.log import run_command
 from skipvit.model import VisionTransformer
 
+COUNT = 200
 SECONDS = 30  # that one case may take
 EXTRA_BYTES = 6 << 30  # of address space, above what the child has when it begins
 CLASSES = ("crow", "heron")
@@ -199,7 +200,7 @@ def write_cases(work, count):
 
     def add(kind, contents, suffix=".ckpt"):
         for name, content in contents:
-            path = work / f"{len(cases)}{suffix}"
+            path = work / f"vit_{len(cases)}{suffix}"
             path.write_bytes(content)
             cases.append((kind, path.name, name))
 
@@ -416,7 +417,7 @@ def run(work: Path, count: int) -> dict:
             counts["refused" if outcome == "refused" else "accepted"] += 1
         else:
             counts["lost"] += 1
-            lost.append(f"{kind}: {what}: {outcome}: {said.strip()} ({name})")
+            lost.append(f"{kind}: {what}: {outcome}: {said.strip()} ({name})".replace(str(work), "."))
     return {"tried": len(cases), "survived": len(cases) - len(lost), "lost": len(lost), "cases": lost, "kinds": kinds}
 
 
