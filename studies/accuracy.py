@@ -36,7 +36,7 @@ sys.path.insert(0, str(ROOT / "src"))
 
 from skipvit import cost
 from skipvit.config import Config, UserError, from_dict, span_shapes
-from skipvit.log import Parser, run_command
+from skipvit.log import Parser, run_command, write_whole
 
 # ------------------------------------------------------------------------------- what the study is, in one place
 
@@ -240,9 +240,7 @@ def train(run: Run, work: Path, threads: Optional[int]) -> None:
             held_out = ["--data", str(work / "cifar10/held_out")]
             record[key] = command(["evaluate", str(folder / "last.ckpt"), *held_out, *options], work, threads)["top1"]
     RESULTS.mkdir(parents=True, exist_ok=True)
-    temporary = run.record.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(temporary, run.record)
+    write_whole(run.record, json.dumps(record, indent=1) + "\n")
 
 
 def command(arguments: Sequence[str], work: Path, threads: Optional[int], log: Optional[Path] = None) -> dict[str, Any]:
@@ -482,7 +480,17 @@ def settings_table(epochs: int) -> str:
                 str(len(seeds)),
             ]
         )
-    header = ["setting", "", "FLOPs", "time", "Top-1", "less dense", "with skipping", "without", "seeds"]
+    header = [
+        "[setting](results/study)",
+        "",
+        "FLOPs",
+        "time",
+        "Top-1",
+        "less dense",
+        "with skipping",
+        "without",
+        "seeds",
+    ]
     return table(header, rows) if rows else "No run yet."
 
 

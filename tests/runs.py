@@ -30,6 +30,15 @@ RECIPE = {
     "optim": {"learning_rate": 0.003, "warmup_epochs": 1},
     "train": {"epochs": 4, "output": "run"},
 }
+# For the shipped recipes, which are larger.
+SMALL_MODEL = [
+    "model.image_size=32",
+    "model.patch_size=8",
+    "model.embed_dim=48",
+    "model.num_heads=3",
+    "model.depth=3",
+    "skip.start=1",
+]
 
 
 def write_recipe(path, phases=None, **sections):

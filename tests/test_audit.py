@@ -6,21 +6,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from runs import run
+from runs import SMALL_MODEL, run
 
 from skipvit import audit
 from skipvit.audit import Operator
 
-SMALL = [
-    "model.image_size=32",
-    "model.patch_size=8",
-    "model.embed_dim=48",
-    "model.num_heads=3",
-    "model.depth=3",
-    "model.drop_path=0.1",
-    "skip.start=1",
-    "skip.end=2",
-]
+SMALL = [*SMALL_MODEL, "model.drop_path=0.1", "skip.end=2"]
 TABLE = yaml.safe_load(audit.TABLE.read_text(encoding="utf-8"))
 
 

@@ -8,22 +8,12 @@ import sys
 import numpy as np
 import pytest
 from mindspore import Tensor
-from runs import run
+from runs import SMALL_MODEL, run
 
 from skipvit import benchmark, clutter, config, cost, runtime, train
 from skipvit.log import RunFailed
 
-SMALL = [
-    "model.image_size=32",
-    "model.patch_size=8",
-    "model.embed_dim=48",
-    "model.num_heads=3",
-    "model.depth=3",
-    "model.num_classes=10",
-    "skip.start=1",
-    "skip.end=3",
-    "data.batch_size=4",
-]
+SMALL = [*SMALL_MODEL, "model.num_classes=10", "skip.end=3", "data.batch_size=4"]
 QUICK = ["--steps", "3", "--warmup", "1"]
 
 # Speaks the protocol; its steps take what it is told. It dies at the step told, if any.
@@ -165,6 +155,7 @@ def test_input_against_anothers_on_one_core(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(os, "sched_setaffinity", lambda process, cores: pinned.append(cores))
     monkeypatch.setattr(benchmark, "INPUT_ROUNDS", 1)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)  # its own processes find the package as this one did
     images = [f"data.train={folder / 'train'}", f"data.val={folder / 'val'}", "augment.mixup=0.8"]
     command = ["--input-only", "--steps", "2", "--against", shlex.join([sys.executable, str(other)])]
     benchmark.main([*SMALL, *images, *command])

@@ -167,6 +167,12 @@ def _cpu_name() -> str:
 # ------------------------------------------------------------------------------------------ steps, in processes
 
 
+def _environment() -> dict[str, str]:
+    """For a process that is to find this package from any folder, however this one found it."""
+    search = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, search))}
+
+
 class Contender:
     """A process that takes a training step when told to, and says how long it took.
 
@@ -178,15 +184,13 @@ class Contender:
     def __init__(self, name: str, config: Config, kind: str, command: Optional[Sequence[str]] = None):
         self.name = name
         self.times: list[float] = []
-        search = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]  # it runs in another folder
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, search))}
         self.folder = tempfile.TemporaryDirectory(prefix="skipvit-benchmark-")
         self.process = subprocess.Popen(
             command or [sys.executable, "-m", "skipvit.benchmark", "--worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=environment,
+            env=_environment(),
             cwd=None if command else self.folder.name,  # MindSpore leaves files where it runs
         )
         ready = self.ask(json.dumps({"kind": kind, "config": config.to_dict()}))
@@ -565,7 +569,8 @@ def compare_input(config: Config, steps: int, against: str) -> dict[str, Any]:
             commands[name] = own
         for _ in tqdm(range(INPUT_ROUNDS), unit="round", disable=not sys.stderr.isatty()):
             for name, of_rounds in rates.items():
-                done = subprocess.run(commands[name], stdout=subprocess.PIPE, text=True, check=False)
+                command = commands[name]
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=_environment(), check=False)
                 if done.returncode:
                     raise RunFailed(f"{name}: its process ended with {done.returncode}; what it said is above")
                 of_rounds.append(json.loads(done.stdout.splitlines()[-1])["input_images_per_second"])

@@ -5,7 +5,6 @@ draws nothing neither waits for it nor needs it.
 """
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from skipvit.config import UserError
-from skipvit.log import one_line
+from skipvit.log import one_line, whole
 
 SUFFIXES = (".png", ".pdf", ".svg")
 DIMMED = 0.8  # share of white in what skipped
@@ -94,14 +93,11 @@ def write(figure: Any, path: Path) -> None:
         UserError: it cannot be written.
     """
     check_output(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with _style():
-        try:
+    try:
+        with _style(), whole(path) as temporary:
             figure.savefig(temporary, format=path.suffix[1:].lower())
-            os.replace(temporary, path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def tokens(rows: Sequence[Row]) -> Any:

@@ -322,19 +322,25 @@ def _append(path: Path, text: str) -> None:
             raise
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file: complete under its name, or not at all.
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A name to write to for what is to be at ``path``: there it is complete, or not at all.
 
     Raises:
-        OSError: it could not be written; what was at ``path`` is as it was.
+        OSError: it could not be put there; what was at ``path`` is as it was.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        yield temporary
         os.replace(temporary, path)
-    except OSError:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file; see `whole`."""
+    with whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _drop_metrics_after(folder: Path, step: int) -> None:

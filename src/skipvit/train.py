@@ -263,18 +263,16 @@ class Trainer:
 
     def bytes_of_checkpoint(self) -> int:
         """What a checkpoint takes on the disk, but for its few kilobytes of text."""
-        return sum(parameter.asnumpy().nbytes for parameter in self.step.get_parameters())
-
-    def bytes_needed(self) -> int:
-        """What a run's folder takes at most: the checkpoints that are kept, ``best``, and one in the making."""
-        return (self.config.train.keep_checkpoints + 2) * self.bytes_of_checkpoint()
+        # All of it is float32 and int32; to ask a parameter for its bytes would fetch it from the device.
+        return sum(4 * parameter.size for parameter in self.step.get_parameters())
 
     def say_space(self) -> None:
         """Tell the space that the run takes, and whether the disk will be full before the run is at its end."""
-        kept, needed = self.config.train.keep_checkpoints, self.bytes_needed()
+        kept, size = self.config.train.keep_checkpoints, self.bytes_of_checkpoint()
+        needed = (kept + 2) * size
         self.log.say(
             f"disk space: up to {needed / 1e6:,.1f} MB in {self.folder}, for {kept} checkpoint{'s' * (kept > 1)} "
-            f"(train.keep_checkpoints), best and one being written, of {self.bytes_of_checkpoint() / 1e6:,.1f} MB each"
+            f"(train.keep_checkpoints), best and one being written, of {size / 1e6:,.1f} MB each"
         )
         there = sum(path.stat().st_size for path in self.folder.glob("*.ckpt"))
         free = shutil.disk_usage(self.folder).free
