@@ -29,6 +29,8 @@ CASES = {
         kernels.AttentionCpu,
         [draw(2, 3, 1, 4), draw(2, 3, 9, 4), draw(2, 3, 9, 4)],
     ),
+    "swap": (kernels.Swap, kernels.SwapCpu, [draw(2, 3, 5, 7)]),
+    "scale_samples": (kernels.ScaleSamples, kernels.ScaleSamplesCpu, [draw(3, 5, 7), draw(3)]),
 }
 
 
@@ -69,12 +71,11 @@ def test_both_forms_are_one_function(case):
         np.testing.assert_allclose(gradient, of_plain, rtol=0, atol=share * np.abs(of_plain).max())
 
 
-def test_each_device_has_its_form(monkeypatch):
-    forms = {True: ("AffineCpu", "LayerNormCpu", "AttentionCpu"), False: ("Affine", "LayerNorm", "Attention")}
-    for on_cpu, names in forms.items():
+@pytest.mark.parametrize("name", ["affine", "layer_norm", "attention", "swap", "scale_samples"])
+def test_each_device_has_its_form(name, monkeypatch):
+    for on_cpu, wanted in zip((False, True), CASES[name]):
         monkeypatch.setattr(kernels, "on_cpu", lambda on_cpu=on_cpu: on_cpu)
-        chosen = (kernels.affine_kernel(), kernels.layer_norm_kernel(), kernels.attention_kernel())
-        assert tuple(type(kernel).__name__ for kernel in chosen) == names
+        assert type(getattr(kernels, f"{name}_kernel")()) is wanted
 
 
 def test_exact_gelu_and_its_gradient():

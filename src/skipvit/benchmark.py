@@ -55,8 +55,8 @@ GROUPS = {
     "activation": ("Erf", "Exp", "Tanh", "TanhGrad", "Sigmoid", "SigmoidGrad", "Pow"),
     "elementwise": ("Add", "AddN", "Sub", "Mul", "Div", "RealDiv", "Neg", "BiasAdd", "Square", "Cast"),
     "sums": ("ReduceSum", "ReduceMean", "BiasAddGrad"),
-    "moving data": ("Transpose", "Concat", "Split", "Slice", "StridedSlice", "StridedSliceGrad", "Tile", "BroadcastTo"),
-    "choosing tokens": ("TopK", "Gather"),
+    "moving data": ("Transpose", "Gather", "Concat", "Split", "Slice", "StridedSlice", "StridedSliceGrad"),
+    "choosing tokens": ("TopK",),
     "optimizer": ("Adam", "Assign", "AssignAdd"),
 }
 

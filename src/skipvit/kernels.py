@@ -2,12 +2,14 @@
 
 On a CPU an elementwise operator costs as much as a tenth of the matrix products around it, and some gradients of
 MindSpore's far more: BiasAddGrad twenty times a product with a row of ones, LayerNormGrad, the composed gradients of
-softmax. Here they are written with matrix products and the fewest passes over the tokens, for the CPU; Ascend keeps the
-operators that its compiler knows. Tests hold the two forms equal. (Figures: docs/LOG.md.)
+softmax. One that broadcasts costs four times as much as one that does not, and keeps an index of eight bytes for each
+element of each input for good. Here all that is written with matrix products and the fewest passes over the tokens, for
+the CPU; Ascend keeps the operators that its compiler knows. Tests hold the two forms equal. (Figures: docs/LOG.md.)
 """
 
+import numpy as np
+from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
-from mindspore import nn, ops
 
 from skipvit.runtime import on_cpu
 
@@ -33,6 +35,16 @@ def attention_kernel():
     The query comes scaled by ``d ** -0.5``.
     """
     return AttentionCpu() if on_cpu() else Attention()
+
+
+def swap_kernel():
+    """``(B, M, L, d) -> (B, L, M, d)``: tokens and heads change places."""
+    return SwapCpu() if on_cpu() else Swap()
+
+
+def scale_samples_kernel():
+    """``(x (B, T, D), factors (B,)) -> (B, T, D)``: each sample times its factor."""
+    return ScaleSamplesCpu() if on_cpu() else ScaleSamples()
 
 
 class Affine(nn.Cell):
@@ -83,8 +95,8 @@ class LayerNormCpu(LayerNorm):
 
     With ``h = (x - mean) / deviation`` and ``g = dy * weight`` the gradient of x is
     ``(g - mean(g) - h * mean(g * h)) / deviation``. All sums of ``g * h`` and ``dy * h`` come from ``dy * x``, and the
-    rest is one multiple of x and one constant a row, so h itself is never made: five passes over the tokens. Rows
-    whose mean is many deviations lose digits (at 50 deviations the fifth); a ViT's tokens are not like that.
+    rest is one multiple of x and one constant a row, so h itself is never made. Rows whose mean is many deviations lose
+    digits (at 50 deviations the fifth); a ViT's tokens are not like that.
     """
 
     def __init__(self):
@@ -107,7 +119,9 @@ class LayerNormCpu(LayerNorm):
         mean_gh = self.plain(product, column) * inverse_deviation - shift * mean_g
         of_rows = -inverse_deviation * inverse_deviation * mean_gh
         of_ones = -inverse_deviation * mean_g - of_rows * mean
-        dx = gradient * weight * inverse_deviation + rows * of_rows + of_ones
+        row = ops.ones((1, D), gradient.dtype)  # times a column: the column written out, for nothing is to broadcast
+        of_gradient = self.plain(inverse_deviation, weight.reshape(1, D))
+        dx = gradient * of_gradient + rows * self.plain(of_rows, row) + self.plain(of_ones, row)
 
         ones = ops.ones((1, rows.shape[0]), gradient.dtype)
         dweight = self.first_transposed(inverse_deviation, product) - self.first_transposed(shift, gradient)
@@ -145,12 +159,59 @@ class AttentionCpu(Attention):
         """Gradients of query, key and value."""
         weights = self.weights(query, key)  # the forward pass's own: equal nodes are merged
         row_sums = (dout * out).sum(-1, keepdims=True)
-        dlogits = weights * (self.second_transposed(dout, value) - row_sums)
+        # One more column of the product takes them off.
+        B, H, T, _ = value.shape
+        ones = ops.ones((B, H, T, 1), value.dtype)
+        dweights = self.second_transposed(ops.concat((dout, -row_sums), -1), ops.concat((value, ones), -1))
+        dlogits = weights * dweights
         return (
             self.plain(dlogits, key),
             self.first_transposed(dlogits, query),
             self.first_transposed(weights, dout),
         )
+
+
+class Swap(nn.Cell):
+    """The operator as it is."""
+
+    def construct(self, x):
+        """See `swap_kernel`."""
+        return x.transpose(0, 2, 1, 3)
+
+
+class SwapCpu(Swap):
+    """As a choice of rows of length d, for Transpose keeps an index of each element; so is its gradient."""
+
+    def construct(self, x):
+        """See `swap_kernel`."""
+        B, M, L, d = x.shape
+        places = np.arange(B * M * L, dtype=np.int32).reshape(B, M, L).swapaxes(1, 2)
+        return ops.Gather()(x.reshape(B * M * L, d), Tensor(places.reshape(-1)), 0).reshape(B, L, M, d)
+
+    def bprop(self, x, out, dout):
+        """The gradient of x."""
+        return (self.construct(dout),)
+
+
+class ScaleSamples(nn.Cell):
+    """The operators as they are."""
+
+    def construct(self, x, factors):
+        """See `scale_samples_kernel`."""
+        return x * factors.reshape(-1, 1, 1)
+
+
+class ScaleSamplesCpu(ScaleSamples):
+    """With the factors written out by a product with ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.plain = ops.MatMul()
+
+    def construct(self, x, factors):
+        """See `scale_samples_kernel`."""
+        B, T, D = x.shape
+        return x * self.plain(factors.reshape(B, 1), ops.ones((1, T * D), x.dtype)).reshape(B, T, D)
 
 
 class ExactGelu(nn.Cell):

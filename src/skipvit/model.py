@@ -23,7 +23,15 @@ from skipvit.config import (
     skip_spans,
     span_shapes,
 )
-from skipvit.kernels import SQRT_HALF, ExactGelu, affine_kernel, attention_kernel, layer_norm_kernel
+from skipvit.kernels import (
+    SQRT_HALF,
+    ExactGelu,
+    affine_kernel,
+    attention_kernel,
+    layer_norm_kernel,
+    scale_samples_kernel,
+    swap_kernel,
+)
 from skipvit.runtime import sort_dtype
 
 
@@ -121,7 +129,7 @@ class Attention(nn.Cell):
         self.dtype = dtype
         self.qkv = Linear(D, 3 * D, dtype)
         self.proj = Linear(D, D, dtype)
-        self.attend = attention_kernel()
+        self.attend, self.swap = attention_kernel(), swap_kernel()
 
     def construct(self, x, cls_only=False):
         """``(B, T, D)`` to output ``(B, Q, D)``, and a tuple of query ``(B, H, Q, d)``, key and value ``(B, H, T, d)``.
@@ -139,13 +147,13 @@ class Attention(nn.Cell):
             query, key, value = ops.split(self.qkv(x), D, -1)
         query, key, value = self.heads(query), self.heads(key), self.heads(value)
         out = self.attend(query * self.head_dim**-0.5, key, value)  # (B, H, Q, d)
-        out = out.transpose(0, 2, 1, 3).reshape(B, query.shape[2], D)
+        out = self.swap(out).reshape(B, query.shape[2], D)
         return self.proj(out), (query, key, value)
 
     def heads(self, x):
         """``(B, T, D)`` to ``(B, H, T, d)``."""
         B, T, _ = x.shape
-        return x.reshape(B, T, self.num_heads, self.head_dim).transpose(0, 2, 1, 3)
+        return self.swap(x.reshape(B, T, self.num_heads, self.head_dim))
 
 
 class Mlp(nn.Cell):
@@ -178,6 +186,7 @@ class Block(nn.Cell):
         self.attn = Attention(config, dtype)
         self.norm2 = LayerNorm(config.embed_dim)
         self.mlp = Mlp(config, dtype)
+        self.scale_samples = scale_samples_kernel()
         self.dropout = config.dropout
 
     def construct(self, x, branch_factors=None, seeds=None, cls_only=False):
@@ -205,7 +214,7 @@ class Block(nn.Cell):
         if seeds is not None:
             branch = dropout(branch, self.dropout, seeds[which])
         if branch_factors is not None:
-            branch = branch * branch_factors[which].reshape(-1, 1, 1)
+            branch = self.scale_samples(branch, branch_factors[which])
         return branch
 
 
