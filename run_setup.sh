@@ -19,7 +19,7 @@ help_where_asked() {
   esac
 }
 
-# choose_python [REQUIREMENTS]: set and export PYTHON and PYTHONPATH. The Python is, in this order,
+# choose_python [REQUIREMENTS]: set and export PYTHON, PYTHONPATH and how it asks for memory. The Python is, in order,
 #   PYTHON from the environment;
 #   python3, where it has a MindSpore, as on a cluster: nothing is installed over it;
 #   .venv, set up here from REQUIREMENTS (requirements.txt).
@@ -37,6 +37,8 @@ choose_python() {
     set_up_venv "$here/.venv" "${1:-requirements.txt}"
   fi
   export PYTHON PYTHONPATH="$here/src${PYTHONPATH:+:$PYTHONPATH}"
+  # In huge pages, where the kernel grants them: a first step on CPU is seconds shorter (docs/LOG.md).
+  export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
 }
 
 # has_mindspore PYTHON: whether one is installed (a mere folder of that name is not).

@@ -59,7 +59,8 @@ def read(name: str) -> dict[str, Any]:
 def speed() -> str:
     """What the benchmark measured: a figure, its command, its file."""
     main, every, mindcv = (read(name) for name in ("benchmark", "benchmark_all_tokens", "benchmark_mindcv"))
-    least, images, as_bytes = (read(name) for name in ("sweep", "benchmark_input", "benchmark_input_bytes"))
+    least, large = (read(name) for name in ("sweep", "benchmark_64"))
+    images, as_bytes = (read(name) for name in ("benchmark_input", "benchmark_input_bytes"))
     rows = [
         ("training step, dense / skip", "speed_up", main, "{:.2f}x"),
         ("… of what arithmetic allows", "efficiency", main, "{:.3f}"),
@@ -68,6 +69,7 @@ def speed() -> str:
         ("… of what arithmetic allows, least of the sweep below", "least_efficiency", least, "{:.3f}"),
         ("choosing, parting and rejoining tokens, share of the skip step", "token_path_share", main, "{:.2%}"),
         ("peak memory, skip / dense", "peak_memory_ratio", main, "{:.2f}"),
+        ("… at 64 images a step", "peak_memory_ratio", large, "{:.2f}"),
         ("dense step / PyTorch's dense step (eager, fused attention)", "against.dense_time.ratio", main, "{:.2f}"),
         ("skip step / PyTorch's dense step", "against.skip_time.ratio", main, "{:.2f}"),
         ("dense step / PyTorch's, all tokens in the last block", "against.dense_time.ratio", every, "{:.2f}"),

@@ -119,6 +119,13 @@ def test_python_may_be_given_below_the_callers_folder(tmp_path, recorder):
     assert run(ROOT / "run_train.sh", cwd=tmp_path, PYTHON="own/python").stdout.splitlines()[0] == str(echo)
 
 
+@pytest.mark.parametrize(("given", "seen"), [({}, "glibc.malloc.hugetlb=1"), ({"GLIBC_TUNABLES": "own"}, "own")])
+def test_memory_comes_in_huge_pages_unless_told_otherwise(given, seen, tmp_path, monkeypatch):
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    python = program(tmp_path / "python", RECORDER.replace("cwd=$PWD", "$GLIBC_TUNABLES"))
+    assert run(ROOT / "run_train.sh", cwd=tmp_path, PYTHON=str(python), **given).stdout.splitlines()[0] == seen
+
+
 def test_exit_code_is_that_of_training(tmp_path, recorder):
     assert run(ROOT / "run_train.sh", cwd=tmp_path, PYTHON=recorder, EXIT="143").returncode == 143
 

@@ -168,9 +168,10 @@ def _cpu_name() -> str:
 
 
 def _environment() -> dict[str, str]:
-    """For a process that is to find this package from any folder, however this one found it."""
+    """For a process that is to find this package from any folder, and asks for memory as `run_train.sh` does."""
     search = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, search))}
+    memory = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    return {**memory, **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, search))}
 
 
 class Contender:
