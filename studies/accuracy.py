@@ -471,7 +471,7 @@ def settings_table(epochs: int) -> str:
         differences = [item["top1"] - other["top1"] for item, other in zip(ours, dense)]
         rows.append(
             [
-                f"`{name}`",
+                f"[`{name}`](results/study/{Run(name, epochs, seeds[0]).name}.json)",
                 describe(SETTINGS[name]),
                 *costs(ours[0], dense[0]),
                 f"{np.mean(tops[0]):.2f}",
@@ -480,17 +480,7 @@ def settings_table(epochs: int) -> str:
                 str(len(seeds)),
             ]
         )
-    header = [
-        "[setting](results/study)",
-        "",
-        "FLOPs",
-        "time",
-        "Top-1",
-        "less dense",
-        "with skipping",
-        "without",
-        "seeds",
-    ]
+    header = ["setting", "", "FLOPs", "time", "Top-1", "less dense", "with skipping", "without", "seeds"]
     return table(header, rows) if rows else "No run yet."
 
 
