@@ -149,7 +149,7 @@ class Attention(nn.Cell):
 
 
 class AttentionCpu(Attention):
-    """With the gradient of softmax in two passes over the ``(T, T)`` weights instead of four.
+    """With the gradient of softmax in one pass over the ``(T, T)`` weights instead of four.
 
     Softmax's gradient needs each row's sum of weights times their gradients; that is also the sum, over d, of the
     output times its gradient, which is a third of the size (FlashAttention, arXiv 2205.14135, appendix B.4).
