@@ -191,6 +191,8 @@ def run(work: Path, count: int) -> dict:
     plain = yaml.safe_dump(runs.RECIPE).encode()
     os.chdir(work)
     try:
+        for path in sorted(runs.ROOT.glob("configs/**/*.yaml")):
+            recipe(path.read_bytes())
         each(count // 2, changed_recipes(), recipe)
         each(count // 4, TEXTS, recipe)
         each(count // 4, ENCODED, recipe)

@@ -10,7 +10,7 @@ from skipvit.config import UserError, load
 def test_any_recipe_or_table_is_accepted_or_refused_by_one_line(tmp_path):
     found = part.run(tmp_path, 100)
     assert found["cases"] == []
-    assert found["accepted"] > 0
+    assert found["accepted"] > 5
     assert found["refused"] > 50
 
 
