@@ -20,6 +20,8 @@ RATE = 1e-2
 # An epsilon as large as the gradients makes AdamW's update follow their size, and not their sign alone, which for
 # the vanishing gradient of a key's bias is chance.
 OPTIM = {"weight_decay": 0.1, "epsilon": 3e-2, "ema_decay": 0.9, "clip_norm": 2.5}
+# Scores are about 1/9, of which float16 has three digits.
+FLOAT16_MARGIN = 2e-3
 
 PARAMETERS = reference.init(
     0,
@@ -122,15 +124,16 @@ def drop_path_factors(seed, size=BATCH):
 class ReferenceRun:
     """The same by the reference."""
 
-    def __init__(self, clip_norm=OPTIM["clip_norm"]):
+    def __init__(self, clip_norm=OPTIM["clip_norm"], margin=1e-5):
         self.parameters, self.state, self.clip_norm = PARAMETERS, None, clip_norm
+        self.margin = margin  # that the choice of tokens needs, to be the same in the precision it is held against
 
     def gradients(self, images, targets, drop_path=None):
         """Loss and gradients, not clipped."""
         normal = (images / 255 - np.reshape(MEAN, (1, 3, 1, 1))) / np.reshape(STD, (1, 3, 1, 1))
         sizes = {"patch_size": PATCH_SIZE, "num_heads": NUM_HEADS}
         result = reference.forward(self.parameters, normal, spans=SPANS, drop_path=drop_path, **sizes)
-        assert result.spans[0].margin.min() > 1e-5, "a near tie: choose other images"
+        assert result.spans[0].margin.min() > self.margin, "a near tie: choose other images"
         d_logits = reference.cross_entropy_backward(result.logits, targets)
         gradients = reference.backward(self.parameters, d_logits, result)
         return reference.cross_entropy(result.logits, targets), gradients
@@ -360,7 +363,7 @@ def half_run(kind="half", loss_scale=2.0**10):
 
 @pytest.mark.parametrize("loss_scale", [2.0**4, 2.0**13])
 def test_the_loss_scale_is_undone_before_clipping(loss_scale):
-    run, expected = half_run(loss_scale=loss_scale), ReferenceRun()
+    run, expected = half_run(loss_scale=loss_scale), ReferenceRun(margin=FLOAT16_MARGIN)
     images, targets = batch(0)
     loss, gradients = expected.gradients(images, targets)
     assert run(images, targets) == pytest.approx(loss, rel=1e-2)
@@ -479,8 +482,8 @@ def test_an_overflow_in_one_step_spoils_the_whole_update(spoilt):
 
 def test_steps_of_one_update_may_have_different_scales():
     """Each step's gradients are brought to scale 1 before they are added."""
-    run, expected = half_run("half_accumulating"), ReferenceRun()
-    images, targets = batch(30, 2 * BATCH)
+    run, expected = half_run("half_accumulating"), ReferenceRun(margin=FLOAT16_MARGIN)
+    images, targets = batch(177, 2 * BATCH)
     run(images[:BATCH], targets[:BATCH])
     run.set("state.loss_scale", 2.0**13)
     run(images[BATCH:], targets[BATCH:])

@@ -1,10 +1,11 @@
 """The same numbers by the form that each device does best.
 
-On a CPU an elementwise operator costs as much as a tenth of the matrix products around it, and some gradients of
-MindSpore's far more: BiasAddGrad twenty times a product with a row of ones, LayerNormGrad, the composed gradients of
-softmax. One that broadcasts costs four times as much as one that does not, and keeps an index of eight bytes for each
-element of each input for good. Here all that is written with matrix products and the fewest passes over the tokens, for
-the CPU; Ascend keeps the operators that its compiler knows. Tests hold the two forms equal. (Figures: docs/LOG.md.)
+On a CPU an elementwise operator costs as much as a tenth of the matrix products around it, and some of MindSpore's far
+more: BiasAddGrad twenty times a product with a row of ones, LayerNorm and its gradient, sums over rows, the composed
+gradients of softmax. One that broadcasts costs four times as much as one that does not, and keeps an index of eight
+bytes for each element of each input for good; BiasAdd keeps none, but takes twice the time of an addition. Here all that
+is written with matrix products and the fewest passes over the tokens, for the CPU; Ascend keeps the operators that its
+compiler knows. Tests hold the two forms equal. (Figures: docs/LOG.md.)
 """
 
 import numpy as np
@@ -60,13 +61,19 @@ class Affine(nn.Cell):
         return self.bias_add(self.matmul(rows, weight), bias)
 
 
-class AffineCpu(Affine):
-    """With the bias's gradient as a row of ones times the output's gradient."""
+class AffineCpu(nn.Cell):
+    """With the bias written out by a product, and its gradient as a row of ones times the output's gradient."""
 
     def __init__(self):
         super().__init__()
         self.plain = ops.MatMul()
         self.first_transposed = ops.MatMul(transpose_a=True)
+        self.second_transposed = ops.MatMul(transpose_b=True)
+
+    def construct(self, rows, weight, bias):
+        """See `affine_kernel`."""
+        ones = ops.ones((rows.shape[0], 1), rows.dtype)
+        return self.second_transposed(rows, weight) + self.plain(ones, bias.reshape(1, -1))
 
     def bprop(self, rows, weight, bias, out, dout):
         """Gradients of rows, weight and bias."""
@@ -90,13 +97,13 @@ class LayerNorm(nn.Cell):
         return self.normalize(x, weight, bias)[0]
 
 
-class LayerNormCpu(LayerNorm):
-    """With the gradient's sums over rows and columns as matrix products.
+class LayerNormCpu(nn.Cell):
+    """With the sums over rows and columns as matrix products.
 
     With ``h = (x - mean) / deviation`` and ``g = dy * weight`` the gradient of x is
     ``(g - mean(g) - h * mean(g * h)) / deviation``. All sums of ``g * h`` and ``dy * h`` come from ``dy * x``, and the
     rest is one multiple of x and one constant a row, so h itself is never made. Rows whose mean is many deviations lose
-    digits (at 50 deviations the fifth); a ViT's tokens are not like that.
+    digits of the gradient (at 50 deviations the fifth); a ViT's tokens are not like that.
     """
 
     def __init__(self):
@@ -104,13 +111,29 @@ class LayerNormCpu(LayerNorm):
         self.plain = ops.MatMul()
         self.first_transposed = ops.MatMul(transpose_a=True)
 
+    def construct(self, x, weight, bias):
+        """See `layer_norm_kernel`."""
+        D = x.shape[-1]
+        rows = x.reshape(-1, D)
+        _, centred, inverse_deviation = self.statistics(rows)
+        ones = ops.ones((rows.shape[0], 1), x.dtype)
+        scaled = centred * self.plain(inverse_deviation, weight.reshape(1, D))
+        return (scaled + self.plain(ones, bias.reshape(1, D))).reshape(x.shape)
+
+    def statistics(self, rows):
+        """Of ``(R, D)`` each row's mean ``(R, 1)``, the rows less it, and one by each row's deviation ``(R, 1)``."""
+        D = rows.shape[1]
+        column = ops.ones((D, 1), rows.dtype) * (1.0 / D)
+        mean = self.plain(rows, column)
+        # A row of ones times a column: the column written out, for nothing is to broadcast.
+        centred = rows - self.plain(mean, ops.ones((1, D), rows.dtype))
+        return mean, centred, ops.rsqrt(self.plain(centred * centred, column) + LAYER_NORM_EPSILON)
+
     def bprop(self, x, weight, bias, out, dout):
         """Gradients of x, weight and bias."""
         D = x.shape[-1]
-        _, mean, variance = self.normalize(x, weight, bias)
         rows, gradient = x.reshape(-1, D), dout.reshape(-1, D)
-        mean = mean.reshape(-1, 1)
-        inverse_deviation = ops.rsqrt(variance.reshape(-1, 1) + LAYER_NORM_EPSILON)
+        mean, _, inverse_deviation = self.statistics(rows)  # the forward pass's own: equal nodes are merged
         shift = mean * inverse_deviation
         column = weight.reshape(D, 1) * (1.0 / D)
 
@@ -119,7 +142,7 @@ class LayerNormCpu(LayerNorm):
         mean_gh = self.plain(product, column) * inverse_deviation - shift * mean_g
         of_rows = -inverse_deviation * inverse_deviation * mean_gh
         of_ones = -inverse_deviation * mean_g - of_rows * mean
-        row = ops.ones((1, D), gradient.dtype)  # times a column: the column written out, for nothing is to broadcast
+        row = ops.ones((1, D), gradient.dtype)
         of_gradient = self.plain(inverse_deviation, weight.reshape(1, D))
         dx = gradient * of_gradient + rows * self.plain(of_rows, row) + self.plain(of_ones, row)
 
@@ -155,12 +178,18 @@ class AttentionCpu(Attention):
     output times its gradient, which is a third of the size (FlashAttention, arXiv 2205.14135, appendix B.4).
     """
 
+    def __init__(self):
+        super().__init__()
+        self.sum_columns = ops.MatMul()
+
     def bprop(self, query, key, value, out, dout):
         """Gradients of query, key and value."""
         weights = self.weights(query, key)  # the forward pass's own: equal nodes are merged
-        row_sums = (dout * out).sum(-1, keepdims=True)
+        B, H, T, d = value.shape
+        products = (dout * out).astype(mstype.float32).reshape(-1, d)  # float16 would lose the sum's digits
+        sums = self.sum_columns(products, ops.ones((d, 1), mstype.float32))
+        row_sums = sums.reshape(out.shape[:-1] + (1,)).astype(out.dtype)
         # One more column of the product takes them off.
-        B, H, T, _ = value.shape
         ones = ops.ones((B, H, T, 1), value.dtype)
         dweights = self.second_transposed(ops.concat((dout, -row_sums), -1), ops.concat((value, ones), -1))
         dlogits = weights * dweights
@@ -229,3 +258,16 @@ class ExactGelu(nn.Cell):
     def bprop(self, u, out, dout):
         """``1 + erf(u) + u * 2 / sqrt(pi) * exp(-u**2)``, times the gradient that came."""
         return ((u * ops.exp(LOG_SLOPE_OF_ERF - u * u) + (ops.erf(u) + 1.0)) * dout,)
+
+
+class SigmoidGelu(nn.Cell):
+    """GELU's sigmoid form (arXiv 1606.08415, section 2) but for two factors, elementwise: ``u * sigmoid(u)``."""
+
+    def construct(self, u):
+        """``(...)`` to ``(...)``."""
+        return u * ops.sigmoid(u)
+
+    def bprop(self, u, out, dout):
+        """``s + u * s * (1 - s)`` of ``s = sigmoid(u)``, times the gradient that came: four passes, no sum of two."""
+        s = ops.sigmoid(u)  # the forward pass's own
+        return (((s + out) - out * s) * dout,)

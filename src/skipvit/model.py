@@ -26,6 +26,7 @@ from skipvit.config import (
 from skipvit.kernels import (
     SQRT_HALF,
     ExactGelu,
+    SigmoidGelu,
     affine_kernel,
     attention_kernel,
     layer_norm_kernel,
@@ -85,12 +86,12 @@ class Gelu(nn.Cell):
     def __init__(self, form):
         super().__init__()
         self.form = form
-        self.exact = ExactGelu()
+        self.exact, self.sigmoid = ExactGelu(), SigmoidGelu()
 
     def construct(self, u):
         """``(...)`` to ``(...)``."""
         if self.form == "sigmoid":
-            return u * ops.sigmoid(u)
+            return self.sigmoid(u)
         if self.form == "tanh":
             return u * (1.0 + ops.tanh(0.7978845608028654 * (u + 0.044715 * u * u * u)))
         return self.exact(u)
