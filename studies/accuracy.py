@@ -1,23 +1,25 @@
 """Is accuracy lost, what matters, and what is a minute worth: the runs of the study, their records, tables, pictures.
 
-  python studies/accuracy.py prepare --cifar10 cifar10.tar.gz --work WORK   training and held-out images, once
+  python studies/accuracy.py prepare --cifar10 cifar10.tar.gz --work WORK   unpack the images, once
   python studies/accuracy.py plan [--question Q]                            every run, and which are done
-  python studies/accuracy.py run --work WORK [--question Q] [--limit N]     the next missing runs, one after another
+  python studies/accuracy.py run --work WORK [--question Q] [--limit N]     the next missing runs, one on each core
   python studies/accuracy.py time                                           step times of all runs' shapes, interleaved
   python studies/accuracy.py choose SETTING                                 which SkipViT question 1 is about, once
-  python studies/accuracy.py verdict --cifar10 cifar10.tar.gz --work WORK   the test images, opened once
   python studies/accuracy.py tables                                         tables and pictures in README and docs
 
 Question 2 tries settings at half the epochs, question 1 sets the chosen one against dense on paired seeds, question 3
 holds Top-1 against cost, and `clutter` shows what each score keeps of the object. A run that was stopped goes on where
 it stopped; what is done is in `results/study`, one JSON a run, and is not run again. WORK, outside the repository,
-holds images and the runs' folders, whose checkpoints the verdict needs.
+holds images and the runs' folders. Settings are compared on held-out images. The test images are for the runs of
+question 1 alone, which there are none of before the choice is written down, and each of which looks once, at its end;
+what they saw is told when all of them have ended.
 """
 
 import dataclasses
 import datetime
 import json
 import os
+import queue
 import subprocess
 import sys
 import tarfile
@@ -91,27 +93,24 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "random": {"skip": span(3, 11, 0.45, "random")},
     "corner_random": {"skip": span(1, 12, 0.25, "random")},
     "corner_full_end": {"skip": span(1, 12, 0.25), "phases": phases((5 / 6, {}), (1 / 6, FULL))},
-    "fuse": {"skip": span(3, 12, 0.45, skipped="fuse")},
-    "end12": {"skip": span(3, 12, 0.45)},
-    "corner_random_full_end": {"skip": span(1, 12, 0.25, "random"), "phases": phases((5 / 6, {}), (1 / 6, FULL))},
-    "full_start": {"skip": span(3, 11, 0.45), "phases": phases((1 / 6, FULL), (5 / 6, {}))},
     "full_end": {"skip": span(3, 11, 0.45), "phases": phases((5 / 6, {}), (1 / 6, FULL))},
     "small_images_first": {"skip": span(3, 11, 0.45), "phases": phases((0.5, {"image_size": 24}), (0.5, {}))},
     "dense_small_images_first": {"skip": None, "phases": phases((0.5, {"image_size": 24}), (0.5, {}))},
-    "keep10": {"skip": span(3, 11, 0.10)},
-    "start2": {"skip": span(2, 11, 0.45)},
-    "corner_keep45": {"skip": span(1, 12, 0.45)},
+    "keep25_full_end": {"skip": span(3, 11, 0.25), "phases": phases((5 / 6, {}), (1 / 6, FULL))},
+    "random25": {"skip": span(3, 11, 0.25, "random")},
+    "full_start": {"skip": span(3, 11, 0.45), "phases": phases((1 / 6, FULL), (5 / 6, {}))},
+    "end12": {"skip": span(3, 12, 0.45)},
+    "fuse": {"skip": span(3, 12, 0.45, skipped="fuse")},
     "cls_attention_value": {"skip": span(3, 11, 0.45, "cls_attention_value")},
     "key_norm": {"skip": span(3, 11, 0.45, "key_norm")},
     "mean_attention": {"skip": span(3, 11, 0.45, "mean_attention")},
-    "corner_cls_attention_value": {"skip": span(1, 12, 0.25, "cls_attention_value")},
-    "corner_key_norm": {"skip": span(1, 12, 0.25, "key_norm")},
-    "corner_mean_attention": {"skip": span(1, 12, 0.25, "mean_attention")},
-    "corner_fuse": {"skip": span(1, 12, 0.25, skipped="fuse")},
-    "chosen_again": {"skip": [span(1, 6, 0.25), span(7, 12, 0.25)]},  # IdleViT's idea: those skipped once come back
+    "start2": {"skip": span(2, 11, 0.45)},
     "start5": {"skip": span(5, 11, 0.45)},
     "end9": {"skip": span(3, 9, 0.45)},
+    "keep10": {"skip": span(3, 11, 0.10)},
     "keep65": {"skip": span(3, 11, 0.65)},
+    "corner_keep45": {"skip": span(1, 12, 0.45)},
+    "chosen_again": {"skip": [span(1, 6, 0.25), span(7, 12, 0.25)]},  # IdleViT's idea: those skipped once come back
     # Others' settings. EViT (arXiv 2202.07800): keep 0.7 in blocks 3, 6 and 9, of what is left each time, fused; it
     # drops between attention and MLP of those blocks, this behind them. TREAD (arXiv 2501.04765): half of the tokens by
     # chance past blocks 2 to 7 of 12, all at test.
@@ -125,14 +124,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "tread": {"skip": span(2, 8, 0.5, "random")},
 }
 # Question 2's, the most informative first: a tier runs on all seeds before the next begins.
-TIERS = (8, 11, 10)
+TIERS = (8, 8, 10)
 OTHERS = ("evit", "tread")
 
 CLUTTER_SCORES = ("cls_attention", "cls_attention_value", "key_norm", "mean_attention", "random")
 CLUTTER_EPOCHS = 6
 
 RESULTS = ROOT / "results" / "study"
-CHOSEN, STEP_TIMES, VERDICT = (RESULTS / name for name in ("chosen.json", "step_times.json", "verdict.json"))
+CHOSEN, STEP_TIMES = (RESULTS / name for name in ("chosen.json", "step_times.json"))
 README, LOG = ROOT / "README.md", ROOT / "docs" / "LOG.md"
 BEGIN, END = "<!-- study -->", "<!-- /study -->"
 QUESTIONS = ("1", "2", "3", "clutter")
@@ -196,7 +195,7 @@ def runs_of(question: str) -> list[Run]:
     return [Run(name, epochs, seeds[i]) for i in range(len(SEEDS)) for epochs, seeds in pairs for name in methods]
 
 
-def train(run: Run, work: Path, threads: Optional[int]) -> None:
+def train(run: Run, work: Path) -> None:
     """Make a run, or go on with it, and record it."""
     folder = work / "runs" / run.name
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -207,7 +206,7 @@ def train(run: Run, work: Path, threads: Optional[int]) -> None:
     path = folder.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
     started = time.time()
-    closing = command(["train", str(path)], work, threads, log=folder.with_suffix(".log"))
+    closing = command(["train", str(path)], work, log=folder.with_suffix(".log"))
     seconds = time.time() - started
 
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -231,23 +230,32 @@ def train(run: Run, work: Path, threads: Optional[int]) -> None:
     if "object_kept" in validations[-1]:
         record["object_kept"] = [[item["epoch"], item["object_kept"]] for item in validations]
         record["random_kept"] = validations[-1]["random_kept"]
-    elif run.config().skip:
-        checks = {"top1_no_skip": ["--no-skip"]}
-        finished, spans = run.config().of_phase(-1).skip, run.config().skip
-        if finished != spans:  # it ends on all tokens
-            checks["top1_skip"] = ["--keep-ratio", str(spans[0].keep_ratio)]
-        for key, options in checks.items():
-            held_out = ["--data", str(work / "cifar10/held_out")]
-            record[key] = command(["evaluate", str(folder / "last.ckpt"), *held_out, *options], work, threads)["top1"]
+    else:
+        for key, (images, options) in checks_of(run).items():
+            place = ["--data", str(work / "cifar10" / images)]
+            record[key] = command(["evaluate", str(folder / "last.ckpt"), *place, *options], work)["top1"]
     RESULTS.mkdir(parents=True, exist_ok=True)
     write_whole(run.record, json.dumps(record, indent=1) + "\n")
 
 
-def command(arguments: Sequence[str], work: Path, threads: Optional[int], log: Optional[Path] = None) -> dict[str, Any]:
-    """Run one of the project's commands; what its last line says."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    if threads:
-        environment["OMP_NUM_THREADS"] = str(threads)
+def checks_of(run: Run) -> dict[str, tuple[str, list[str]]]:
+    """What a finished run is evaluated on besides: by the record's key the images, and evaluate's options."""
+    checks: dict[str, tuple[str, list[str]]] = {}
+    spans = run.config().skip
+    if spans:
+        checks["top1_no_skip"] = ("held_out", ["--no-skip"])
+        if run.config().of_phase(-1).skip != spans:  # it ends on all tokens
+            checks["top1_skip"] = ("held_out", ["--keep-ratio", str(spans[0].keep_ratio)])
+    if run in runs_of("1"):
+        without = spans and json.loads(CHOSEN.read_text())["tested_without_skipping"]
+        checks["test_top1"] = ("test", ["--no-skip"] if without else [])
+    return checks
+
+
+def command(arguments: Sequence[str], work: Path, log: Optional[Path] = None) -> dict[str, Any]:
+    """Run one of the project's commands on the cores of this thread; what its last line says."""
+    threads = str(len(os.sched_getaffinity(0)))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": threads}
     module, *rest = arguments
     ended = subprocess.run(
         [sys.executable, "-m", f"skipvit.{module}", *rest], cwd=work, env=environment, text=True, capture_output=True
@@ -302,10 +310,13 @@ def measure(groups_of: int, warmup: int, steps: int) -> None:
     """Step times of every shape that question 1 to 3 may have, in groups beside the dense model, step by step in turn.
 
     A shape's time is its ratio to the dense model of its own group times the dense model's median over all groups, so
-    that a machine that was busy for a while does not bend one of them. What is measured already stays.
+    that a machine that was busy for a while does not bend one of them. What is measured already stays. All take turns
+    on one core, as runs are made: two would spend a part of such small operators' time on waiting for each other.
     """
     from skipvit import benchmark
 
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    os.environ["OMP_NUM_THREADS"] = "1"
     known = step_times()
     wanted: dict[str, Config] = {}
     for name in SETTINGS:
@@ -347,11 +358,11 @@ def step_times() -> dict[str, Any]:
     return json.loads(STEP_TIMES.read_text()) if STEP_TIMES.exists() else {"ratios": {}, "dense_ms": []}
 
 
-# ------------------------------------------------------------------------------------------------ images, verdict
+# ------------------------------------------------------------------------------------------------ images, choice
 
 
 def prepare(archive: Path, work: Path) -> None:
-    """Unpack the training and the held-out images; the test images stay where they are."""
+    """Unpack the images to train on, those held out of them, and the test images."""
     target = work / "cifar10"
     if target.exists():
         raise UserError(f"{target}: is there already; delete it to have it made anew")
@@ -361,6 +372,8 @@ def prepare(archive: Path, work: Path) -> None:
         for folder, (first, end) in parts.items():
             if first <= int(Path(name).stem) < end:
                 write(unfinished / folder / part / name, content)
+    for part, name, content in images_in(archive, "test"):
+        write(unfinished / "test" / part / name, content)
     unfinished.rename(target)
 
 
@@ -398,33 +411,6 @@ def choose(setting: str, no_skip: bool) -> None:
         "date": datetime.date.today().isoformat(),
     }
     write(CHOSEN, (json.dumps(content, indent=1) + "\n").encode())
-    tables()
-
-
-def verdict(archive: Path, work: Path, threads: Optional[int]) -> None:
-    """Evaluate question 1's runs on the test images, each once."""
-    if VERDICT.exists():
-        raise UserError(
-            f"{VERDICT}: the test images were opened on {json.loads(VERDICT.read_text())['date']}; they stay"
-        )
-    if not CHOSEN.exists() or choice_in_words() not in LOG.read_text():
-        raise UserError(f"{LOG}: does not say yet what is to be tested; `choose` it first, and keep that line")
-    runs = runs_of("1")
-    missing = [run.name for run in runs if not run.record.exists()]
-    if missing:
-        raise UserError(f"{missing[0]}: and {len(missing) - 1} more runs are missing; `run --question 1` makes them")
-    chosen = json.loads(CHOSEN.read_text())
-    test = work / "cifar10/test"
-    for part, name, content in images_in(archive, "test"):
-        write(test / part / name, content)
-    found = {}
-    for run in runs:
-        options = ["--no-skip"] if chosen["tested_without_skipping"] and run.setting != "dense" else []
-        checkpoint = work / "runs" / run.name / "last.ckpt"
-        found[run.name] = command(["evaluate", str(checkpoint), "--data", str(test), *options], work, threads)["top1"]
-        print(f"{run.name}: {found[run.name]}", flush=True)
-    content = {"date": datetime.date.today().isoformat(), "images": 10_000, "top1": found}
-    write(VERDICT, (json.dumps(content, indent=1) + "\n").encode())
     tables()
 
 
@@ -533,25 +519,24 @@ def cost_table() -> str:
 
 
 def verdict_in_words() -> str:
-    """Question 1: the paired differences on the test images."""
-    if not VERDICT.exists():
-        return "The test images have not been opened yet."
-    found, chosen = json.loads(VERDICT.read_text()), json.loads(CHOSEN.read_text())
-    known = records()
-    rows = []
-    pairs = []
-    for seed in chosen["seeds"]:
-        names = [Run(name, chosen["epochs"], seed).name for name in ("dense", chosen["setting"])]
-        pairs.append([found["top1"][name] for name in names])
-        rows.append([str(seed), *(f"{top1:.2f}" for top1 in pairs[-1]), f"{pairs[-1][1] - pairs[-1][0]:+.2f}"])
-    dense, ours = (np.mean(column) for column in zip(*pairs))
-    rows.append(["mean", f"{dense:.2f}", f"{ours:.2f}", interval([skip - dense for dense, skip in pairs])])
-    first = chosen["seeds"][0]
-    of_dense = costs(known[chosen["setting"], EPOCHS, first], known["dense", EPOCHS, first])
+    """Question 1: the paired differences on the test images, once all runs are in."""
+    if not CHOSEN.exists():
+        return "Question 1 has not begun: nothing is chosen yet."
+    chosen, runs, known = json.loads(CHOSEN.read_text()), runs_of("1"), records()
+    done = sum(run.record.exists() for run in runs)
+    if done < len(runs):
+        return f"{choice_in_words()} Of {len(runs)} runs {done} are in; what they saw is told when all are."
+    pairs = [[known[name, chosen["epochs"], seed] for name in ("dense", chosen["setting"])] for seed in chosen["seeds"]]
+    tops = np.array([[record["test_top1"] for record in pair] for pair in pairs])
+    rows = [
+        [str(seed), f"{dense:.2f}", f"{ours:.2f}", f"{ours - dense:+.2f}"]
+        for seed, (dense, ours) in zip(chosen["seeds"], tops)
+    ]
+    rows.append(["mean", *(f"{top1:.2f}" for top1 in tops.mean(0)), interval(tops[:, 1] - tops[:, 0])])
+    flops, time_share = costs(pairs[0][1], pairs[0][0])
     return (
-        f"{choice_in_words()} Opened {found['date']}, {found['images']:,} images; with the 95% interval. Training cost "
-        f"of dense: {of_dense[0]} of the FLOPs, {of_dense[1]} of the time.\n\n"
-        + table(["seed", "dense", f"`{chosen['setting']}`", "difference"], rows)
+        f"{choice_in_words()} Test images: all 10,000; with the 95% interval. Training cost of dense: {flops} of the "
+        f"FLOPs, {time_share} of the time.\n\n" + table(["seed", "dense", f"`{chosen['setting']}`", "difference"], rows)
     )
 
 
@@ -656,18 +641,27 @@ def tables() -> None:
 # ---------------------------------------------------------------------------------------------------- the command
 
 
-def run_missing(question: Optional[str], work: Path, limit: Optional[int], jobs: int, threads: Optional[int]) -> None:
-    """The next runs that are not recorded yet."""
+def run_missing(question: Optional[str], work: Path, limit: Optional[int], jobs: int) -> None:
+    """The next runs that are not recorded yet, so many at a time, each on cores of its own."""
     if not (work / "cifar10").is_dir() and question != "clutter":
         raise UserError(f"--work: {work / 'cifar10'} is not there; `prepare` makes it")
     missing = [run for run in all_runs(question) if not run.record.exists()][:limit]
+    if set(missing) & set(runs_of("1")) and choice_in_words() not in LOG.read_text():
+        raise UserError(f"{LOG}: does not say what question 1 tests; `choose` wrote it there, and that line is to stay")
+    cores = sorted(os.sched_getaffinity(0))
+    if not 1 <= jobs <= len(cores):
+        raise UserError(f"--jobs: {jobs}; give 1 to {len(cores)}, as each run has a core of its own")
+    shares: queue.SimpleQueue[set[int]] = queue.SimpleQueue()
+    for job in range(jobs):
+        shares.put(set(cores[job::jobs]))
 
     def make(run: Run) -> None:
         print(f"{time.strftime('%H:%M')} {run.name}", flush=True)
-        train(run, work, threads)
+        train(run, work)
         print(f"{time.strftime('%H:%M')} {run.name}: Top-1 {json.loads(run.record.read_text())['top1']}", flush=True)
 
-    with ThreadPoolExecutor(jobs) as executor:
+    # A thread's cores are those of the processes it starts.
+    with ThreadPoolExecutor(jobs, initializer=lambda: os.sched_setaffinity(0, shares.get())) as executor:
         list(executor.map(make, missing))
 
 
@@ -680,17 +674,17 @@ def all_runs(question: Optional[str]) -> list[Run]:
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """See the module."""
     parser = Parser(prog="studies/accuracy.py", description=__doc__)
-    parser.add_argument("command", choices=("prepare", "plan", "run", "time", "choose", "verdict", "tables"))
+    parser.add_argument("command", choices=("prepare", "plan", "run", "time", "choose", "tables"))
     parser.add_argument("setting", nargs="?", help=f"for choose: one of {', '.join(SETTINGS)}")
     parser.add_argument("--work", type=Path, help="folder of images and runs, outside the repository")
     parser.add_argument("--cifar10", type=Path, help="tar file of cifar10/{train,test}/<class>/<n>.jpg")
     parser.add_argument("--question", choices=QUESTIONS, help="none: 2, clutter, 1, 3")
     parser.add_argument("--limit", type=int, help="make at most so many runs")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1)")
-    parser.add_argument("--threads", type=int, help="OMP_NUM_THREADS of each (default: all cores)")
-    parser.add_argument("--no-skip", action="store_true", help="for choose: the verdict tests it on all tokens")
+    jobs = len(os.sched_getaffinity(0))
+    parser.add_argument("--jobs", type=int, default=jobs, help="runs at a time (default: as many as there are cores)")
+    parser.add_argument("--no-skip", action="store_true", help="for choose: it is to be tested on all tokens")
     arguments = parser.parse_args(argv)
-    needed = {"prepare": ("work", "cifar10"), "run": ("work",), "verdict": ("work", "cifar10"), "choose": ("setting",)}
+    needed = {"prepare": ("work", "cifar10"), "run": ("work",), "choose": ("setting",)}
     for name in needed.get(arguments.command, ()):
         if getattr(arguments, name) is None:
             raise UserError(
@@ -705,13 +699,11 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         for run in all_runs(arguments.question):
             print(f"{'done' if run.record.exists() else '    '} {run.name}")
     elif arguments.command == "run":
-        run_missing(arguments.question, arguments.work, arguments.limit, arguments.jobs, arguments.threads)
+        run_missing(arguments.question, arguments.work, arguments.limit, arguments.jobs)
     elif arguments.command == "time":
         measure(groups_of=4, warmup=8, steps=12)
     elif arguments.command == "choose":
         choose(arguments.setting, arguments.no_skip)
-    elif arguments.command == "verdict":
-        verdict(arguments.cifar10, arguments.work, arguments.threads)
     else:
         tables()
 

@@ -88,6 +88,8 @@ def test_each_device_has_its_form(name, monkeypatch):
     for on_cpu, wanted in zip((False, True), CASES[name]):
         monkeypatch.setattr(kernels, "on_cpu", lambda on_cpu=on_cpu: on_cpu)
         assert type(getattr(kernels, f"{name}_kernel")()) is wanted
+        with kernels.plain_operators():
+            assert type(getattr(kernels, f"{name}_kernel")()) is CASES[name][0]
 
 
 def test_exact_gelu_and_its_gradient():
@@ -97,11 +99,3 @@ def test_exact_gelu_and_its_gradient():
     output, (gradient,) = run(kernels.ExactGelu(), [x * np.float32(kernels.SQRT_HALF)], np.full_like(x, 0.5))
     np.testing.assert_allclose(output * kernels.SQRT_HALF, x * phi, rtol=0, atol=2e-6)
     np.testing.assert_allclose(gradient, phi + x * density, rtol=0, atol=2e-6)
-
-
-def test_sigmoid_gelu_and_its_gradient():
-    x = np.concatenate([np.linspace(-9, 9, 181), [-60.0, 0.0, 60.0]]).astype(np.float32)
-    share = 1 / (1 + np.exp(-x.astype(np.float64)))
-    output, (gradient,) = run(kernels.SigmoidGelu(), [x], np.full_like(x, 0.5))
-    np.testing.assert_allclose(output, x * share, rtol=0, atol=2e-6)
-    np.testing.assert_allclose(gradient, 0.5 * (share + x * share * (1 - share)), rtol=0, atol=2e-6)

@@ -1,9 +1,11 @@
-"""The study: its runs are valid recipes, its tables say what the files say, the test images are opened once."""
+"""The study: its runs are valid recipes, its tables say what the files say, the test images are for what was chosen."""
 
 import importlib.util
 import io
 import json
+import os
 import tarfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +28,7 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "ROOT", tmp_path)
     for name, path in (("RESULTS", "study"), ("README", "README.md"), ("LOG", "docs/LOG.md")):
         monkeypatch.setattr(study, name, tmp_path / path)
-    for name in ("CHOSEN", "STEP_TIMES", "VERDICT"):
+    for name in ("CHOSEN", "STEP_TIMES"):
         monkeypatch.setattr(study, name, tmp_path / "study" / getattr(study, name).name)
     for path in (study.README, study.LOG):
         path.write_text(f"before\n{study.BEGIN}\n{study.END}\nafter\n")
@@ -94,7 +96,7 @@ def test_the_most_informative_runs_come_first_and_seeds_interleave(place):
     assert len(study.all_runs(None)) == len(set(study.all_runs(None)))
 
 
-def test_held_out_images_are_none_of_the_training_images_and_test_images_stay_packed(place, archive, monkeypatch):
+def test_held_out_images_are_none_of_the_training_images(place, archive, monkeypatch):
     monkeypatch.setattr(study, "HELD_OUT_A_CLASS", 2)
     monkeypatch.setattr(study, "TRAINING_A_CLASS", 4)
     study.prepare(archive, place / "work")
@@ -106,7 +108,7 @@ def test_held_out_images_are_none_of_the_training_images_and_test_images_stay_pa
         for part, numbers in (("held_out", (0, 1)), ("train", (2, 3, 4, 5)))
         for name in ("crow", "owl")
         for n in numbers
-    }
+    } | {f"test/{name}/{n:04d}.jpg": f"cifar10/test/{name}/{n:04d}.jpg" for name in ("crow", "owl") for n in (0, 1)}
     with pytest.raises(UserError, match="is there already"):
         study.prepare(archive, place / "work")
 
@@ -115,7 +117,7 @@ def test_a_run_is_recorded_from_what_the_commands_say(place, monkeypatch):
     run = study.Run("corner_full_end", 6, 1)
     asked = []
 
-    def command(arguments, work, threads, log=None):
+    def command(arguments, work, log=None):
         asked.append(arguments)
         if arguments[0] == "evaluate":
             return {"top1": 40.0 + len(asked)}
@@ -129,8 +131,10 @@ def test_a_run_is_recorded_from_what_the_commands_say(place, monkeypatch):
         return {"steps": 60, "first_step_seconds": [5.0, 6.0]}
 
     monkeypatch.setattr(study, "command", command)
-    study.train(run, place / "work", None)
+    study.train(run, place / "work")
     found = json.loads(run.record.read_text())
+    assert "test_top1" not in found
+    assert not any("test" in Path(arguments[-1]).parts for arguments in asked)
     assert (found["top1"], found["top1_no_skip"], found["top1_skip"]) == (30.0, 42.0, 43.0)
     assert asked[1][-1] == "--no-skip"
     assert asked[2][-2:] == ["--keep-ratio", "0.25"]  # it ends on all tokens
@@ -164,40 +168,60 @@ def test_differences_are_paired_by_seed_with_students_interval(place):
     assert study.cost_points() == {"dense": {1.0: dense}}, "60 steps of a second"
 
 
-def test_the_test_images_are_opened_once_for_what_was_chosen(place, archive, monkeypatch):
-    work = place / "work"
-    with pytest.raises(UserError, match="does not say yet what is to be tested"):
-        study.verdict(archive, work, None)
+def test_the_test_images_are_for_the_runs_of_what_was_chosen(place, monkeypatch):
+    run = study.Run("corner", study.EPOCHS, 100)
+    assert study.checks_of(run) == {"top1_no_skip": ("held_out", ["--no-skip"])}
     study.choose("corner", no_skip=True)
     with pytest.raises(UserError, match="question 1 is about corner; that stays"):
         study.choose("paper", no_skip=False)
-    with pytest.raises(UserError, match=r"dense_12epochs_seed100: and 19 more runs are missing"):
-        study.verdict(archive, work, None)
-    for run in study.runs_of("1"):
-        record(run, 50.0)
-    asked = []
+    assert study.checks_of(run)["test_top1"] == ("test", ["--no-skip"])
+    assert study.checks_of(run._replace(setting="dense")) == {"test_top1": ("test", [])}
+    for other in (run._replace(seed=0), run._replace(epochs=6), run._replace(setting="paper")):
+        assert "test_top1" not in study.checks_of(other)
+    # The choice stands in the log before any of them is made.
+    (place / "work/cifar10").mkdir(parents=True)
+    study.LOG.write_text(study.LOG.read_text().replace("corner", "paper"))
+    with pytest.raises(UserError, match="does not say what question 1 tests"):
+        study.run_missing("1", place / "work", None, 1)
 
-    def command(arguments, work, threads):
-        asked.append(arguments)
-        assert (work / "cifar10/test/owl/0001.jpg").exists()
-        return {"top1": 60.0 - 0.5 * ("--no-skip" in arguments) + 0.1 * len(asked)}
 
-    monkeypatch.setattr(study, "command", command)
-    text = study.LOG.read_text()
-    study.LOG.write_text(text.replace("corner", "paper"))
-    with pytest.raises(UserError, match="does not say yet"):
-        study.verdict(archive, work, None)
-    study.LOG.write_text(text)
-    study.verdict(archive, work, None)
-    assert len(asked) == 20
-    assert sum("--no-skip" in arguments for arguments in asked) == 10
+def test_the_verdict_is_told_when_all_of_its_runs_are_in(place):
+    assert study.verdict_in_words() == "Question 1 has not begun: nothing is chosen yet."
+    study.choose("corner", no_skip=False)
+    runs = study.runs_of("1")
+    for number, run in enumerate(runs[:-1]):
+        record(run, 50.0, test_top1=60.0 + 0.1 * number - 0.5 * (run.setting == "corner"))
+    study.tables()
     readme = study.README.read_text()
-    assert "| 100 | 60.10 | 59.70 | -0.40 |" in readme
-    assert "| mean | 61.00 | 60.60 | -0.40 (-0.40 to -0.40) |" in readme
+    assert "Of 20 runs 19 are in" in readme
+    assert "60." not in readme
+    record(runs[-1], 50.0, test_top1=60.0 + 1.9 - 0.5)
+    study.tables()
+    readme = study.README.read_text()
+    assert "| 100 | 60.00 | 59.60 | -0.40 |" in readme
+    assert "| mean | 60.90 | 60.50 | -0.40 (-0.40 to -0.40) |" in readme
     assert readme.startswith("before\n")
     assert readme.endswith("after\n")
-    with pytest.raises(UserError, match="the test images were opened on"):
-        study.verdict(archive, work, None)
+
+
+def test_runs_go_on_cores_of_their_own(place, monkeypatch):
+    (place / "work/cifar10").mkdir(parents=True)
+    together, seen = threading.Barrier(2), []
+
+    def train(run, work):
+        together.wait(60)
+        seen.append(os.sched_getaffinity(0))
+        record(run, 50.0)
+
+    before = os.sched_getaffinity(0)
+    if len(before) < 2:
+        pytest.skip("this machine has one core")
+    monkeypatch.setattr(study, "train", train)
+    study.run_missing("2", place / "work", 2, 2)
+    assert set.union(*seen) == before == os.sched_getaffinity(0)
+    assert not set.intersection(*seen)
+    with pytest.raises(UserError, match=r"--jobs: 0; give 1 to"):
+        study.run_missing("2", place / "work", 1, 0)
 
 
 def test_the_share_of_the_object_is_told_over_training(place):

@@ -32,6 +32,7 @@ from skipvit import checkpoint, runtime
 from skipvit.config import UserError
 from skipvit.data import shorter_side
 from skipvit.inference import class_name, refuse_masks
+from skipvit.kernels import plain_operators
 from skipvit.log import Parser, RunFailed, run_command
 from skipvit.model import VisionTransformer
 
@@ -69,7 +70,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     saved = checkpoint.load(arguments.checkpoint)
     if not arguments.no_skip:
         refuse_masks(saved.config)
-    net = checkpoint.build_model(saved, not arguments.no_skip, runtime.compute_dtype(arguments.precision))
+    with plain_operators():
+        net = checkpoint.build_model(saved, not arguments.no_skip, runtime.compute_dtype(arguments.precision))
     net.set_train(False)
     images = random_images(arguments.batch_size, saved.config.model.image_size)
     export = export_mindir if output.suffix == ".mindir" else export_onnx

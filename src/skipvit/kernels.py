@@ -3,10 +3,13 @@
 On a CPU an elementwise operator costs as much as a tenth of the matrix products around it, and some of MindSpore's far
 more: BiasAddGrad twenty times a product with a row of ones, LayerNorm and its gradient, sums over rows, the composed
 gradients of softmax. One that broadcasts costs four times as much as one that does not, and keeps an index of eight
-bytes for each element of each input for good; BiasAdd keeps none, but takes twice the time of an addition. Here all that
-is written with matrix products and the fewest passes over the tokens, for the CPU; Ascend keeps the operators that its
-compiler knows. Tests hold the two forms equal. (Figures: docs/LOG.md.)
+bytes for each element of each input for good; BiasAdd keeps none, but takes twice the time of an addition. Here all
+that is written with matrix products and the fewest passes over the tokens, for the CPU; Ascend keeps the operators that
+its compiler knows. Tests hold the two forms equal. (Figures: docs/LOG.md.)
 """
+
+import contextlib
+from collections.abc import Iterator
 
 import numpy as np
 from mindspore import Tensor, nn, ops
@@ -19,15 +22,32 @@ LAYER_NORM_EPSILON = 1e-6  # timm's ViT
 SQRT_HALF = 0.7071067811865476
 LOG_SLOPE_OF_ERF = 0.12078223763524522  # at 0: log(2 / sqrt(pi))
 
+_plain = False
+
+
+@contextlib.contextmanager
+def plain_operators() -> Iterator[None]:
+    """Models built within have the operators as they are on every device: what is exported may be served anywhere."""
+    global _plain
+    before, _plain = _plain, True
+    try:
+        yield
+    finally:
+        _plain = before
+
+
+def _cpu_forms() -> bool:
+    return on_cpu() and not _plain
+
 
 def affine_kernel():
     """``(rows (R, I), weight (O, I), bias (O,)) -> (R, O)``: ``rows @ weight.T + bias``, all of one dtype."""
-    return AffineCpu() if on_cpu() else Affine()
+    return AffineCpu() if _cpu_forms() else Affine()
 
 
 def layer_norm_kernel():
     """``(x (B, T, D), weight (D,), bias (D,)) -> (B, T, D)``: layer norm over the last axis, float32."""
-    return LayerNormCpu() if on_cpu() else LayerNorm()
+    return LayerNormCpu() if _cpu_forms() else LayerNorm()
 
 
 def attention_kernel():
@@ -35,17 +55,17 @@ def attention_kernel():
 
     The query comes scaled by ``d ** -0.5``.
     """
-    return AttentionCpu() if on_cpu() else Attention()
+    return AttentionCpu() if _cpu_forms() else Attention()
 
 
 def swap_kernel():
     """``(B, M, L, d) -> (B, L, M, d)``: tokens and heads change places."""
-    return SwapCpu() if on_cpu() else Swap()
+    return SwapCpu() if _cpu_forms() else Swap()
 
 
 def scale_samples_kernel():
     """``(x (B, T, D), factors (B,)) -> (B, T, D)``: each sample times its factor."""
-    return ScaleSamplesCpu() if on_cpu() else ScaleSamples()
+    return ScaleSamplesCpu() if _cpu_forms() else ScaleSamples()
 
 
 class Affine(nn.Cell):
@@ -188,7 +208,7 @@ class AttentionCpu(Attention):
         B, H, T, d = value.shape
         products = (dout * out).astype(mstype.float32).reshape(-1, d)  # float16 would lose the sum's digits
         sums = self.sum_columns(products, ops.ones((d, 1), mstype.float32))
-        row_sums = sums.reshape(out.shape[:-1] + (1,)).astype(out.dtype)
+        row_sums = sums.reshape(B, H, -1, 1).astype(out.dtype)
         # One more column of the product takes them off.
         ones = ops.ones((B, H, T, 1), value.dtype)
         dweights = self.second_transposed(ops.concat((dout, -row_sums), -1), ops.concat((value, ones), -1))
@@ -258,16 +278,3 @@ class ExactGelu(nn.Cell):
     def bprop(self, u, out, dout):
         """``1 + erf(u) + u * 2 / sqrt(pi) * exp(-u**2)``, times the gradient that came."""
         return ((u * ops.exp(LOG_SLOPE_OF_ERF - u * u) + (ops.erf(u) + 1.0)) * dout,)
-
-
-class SigmoidGelu(nn.Cell):
-    """GELU's sigmoid form (arXiv 1606.08415, section 2) but for two factors, elementwise: ``u * sigmoid(u)``."""
-
-    def construct(self, u):
-        """``(...)`` to ``(...)``."""
-        return u * ops.sigmoid(u)
-
-    def bprop(self, u, out, dout):
-        """``s + u * s * (1 - s)`` of ``s = sigmoid(u)``, times the gradient that came: four passes, no sum of two."""
-        s = ops.sigmoid(u)  # the forward pass's own
-        return (((s + out) - out * s) * dout,)

@@ -26,7 +26,6 @@ from skipvit.config import (
 from skipvit.kernels import (
     SQRT_HALF,
     ExactGelu,
-    SigmoidGelu,
     affine_kernel,
     attention_kernel,
     layer_norm_kernel,
@@ -86,12 +85,12 @@ class Gelu(nn.Cell):
     def __init__(self, form):
         super().__init__()
         self.form = form
-        self.exact, self.sigmoid = ExactGelu(), SigmoidGelu()
+        self.exact = ExactGelu()
 
     def construct(self, u):
         """``(...)`` to ``(...)``."""
         if self.form == "sigmoid":
-            return self.sigmoid(u)
+            return u * ops.sigmoid(u)
         if self.form == "tanh":
             return u * (1.0 + ops.tanh(0.7978845608028654 * (u + 0.044715 * u * u * u)))
         return self.exact(u)
