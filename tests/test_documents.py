@@ -22,6 +22,12 @@ COMMANDS = {
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def graph_mode():
+    """Before any operator runs: MindSpore's device cannot be chosen after."""
+    runtime.start()
+
+
 def blocks(document, language):
     """The code of a document, block by block."""
     text = (runs.ROOT / document).read_text(encoding="utf-8")
