@@ -191,8 +191,9 @@ def runs_of(question: str) -> list[Run]:
     if question == "1":
         return [Run(name, EPOCHS, seed) for seed in PAIRED_SEEDS for name in ("dense", *chosen)] if chosen else []
     methods = ("dense", *OTHERS, *chosen)
-    # The longest share question 1's runs.
-    pairs = [(epochs, PAIRED_SEEDS if epochs == EPOCHS else SEEDS) for epochs in COST_EPOCHS]
+    # The longest share question 1's runs, and wait for the choice as those do, to be tested at their end.
+    lengths = [epochs for epochs in COST_EPOCHS if chosen or epochs < EPOCHS]
+    pairs = [(epochs, PAIRED_SEEDS if epochs == EPOCHS else SEEDS) for epochs in lengths]
     return [Run(name, epochs, seeds[i]) for i in range(len(SEEDS)) for epochs, seeds in pairs for name in methods]
 
 
