@@ -657,10 +657,14 @@ def run_missing(question: Optional[str], work: Path, limit: Optional[int], jobs:
     for job in range(jobs):
         shares.put(set(cores[job::jobs]))
 
+    def say(text: str) -> None:
+        sys.stdout.write(f"{time.strftime('%H:%M')} {text}\n")  # at once, as others say something too
+        sys.stdout.flush()
+
     def make(run: Run) -> None:
-        print(f"{time.strftime('%H:%M')} {run.name}", flush=True)
+        say(run.name)
         train(run, work)
-        print(f"{time.strftime('%H:%M')} {run.name}: Top-1 {json.loads(run.record.read_text())['top1']}", flush=True)
+        say(f"{run.name}: Top-1 {json.loads(run.record.read_text())['top1']}")
 
     # A thread's cores are those of the processes it starts.
     with ThreadPoolExecutor(jobs, initializer=lambda: os.sched_setaffinity(0, shares.get())) as executor:
