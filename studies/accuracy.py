@@ -658,8 +658,7 @@ def run_missing(question: Optional[str], work: Path, limit: Optional[int], jobs:
         shares.put(set(cores[job::jobs]))
 
     def say(text: str) -> None:
-        sys.stdout.write(f"{time.strftime('%H:%M')} {text}\n")  # at once, as others say something too
-        sys.stdout.flush()
+        print(f"{time.strftime('%H:%M')} {text}\n", end="", flush=True)  # one piece: others say something too
 
     def make(run: Run) -> None:
         say(run.name)

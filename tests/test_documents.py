@@ -164,7 +164,6 @@ def test_the_mindcv_example(tmp_path, monkeypatch):
 
 def test_the_python_example():
     (example,) = (block for block in blocks("README.md", "python") if "mindcv" not in block)
-    runtime.start()
     sizes = ", image_size=16, patch_size=4, embed_dim=16, depth=12, num_heads=2"
     names = {"images": ms.Tensor(np.zeros((2, 3, 16, 16), np.float32))}
     exec(compile(replaced(example, {"num_classes=10": f"num_classes=10{sizes}"}), "README.md", "exec"), names)
