@@ -98,6 +98,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dense_small_images_first": {"skip": None, "phases": phases((0.5, {"image_size": 24}), (0.5, {}))},
     "keep25_full_end": {"skip": span(3, 11, 0.25), "phases": phases((5 / 6, {}), (1 / 6, FULL))},
     "late25": {"skip": span(5, 12, 0.25)},
+    "small_images_full_first": {
+        "skip": span(3, 11, 0.45),
+        "phases": phases((0.5, {"image_size": 24, **FULL}), (0.5, {})),
+    },
+    "small_images_late25": {"skip": span(5, 12, 0.25), "phases": phases((0.5, {"image_size": 24}), (0.5, {}))},
     "random25": {"skip": span(3, 11, 0.25, "random")},
     "full_start": {"skip": span(3, 11, 0.45), "phases": phases((1 / 6, FULL), (5 / 6, {}))},
     "end12": {"skip": span(3, 12, 0.45)},
@@ -125,7 +130,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "tread": {"skip": span(2, 8, 0.5, "random")},
 }
 # Question 2's, the most informative first: a tier runs on all seeds before the next begins.
-TIERS = (8, 8, 11)
+TIERS = (8, 10, 11)
 OTHERS = ("evit", "tread")
 
 CLUTTER_SCORES = ("cls_attention", "cls_attention_value", "key_norm", "mean_attention", "random")
