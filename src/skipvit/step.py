@@ -138,11 +138,6 @@ class TrainStep(nn.Cell):
         if self.scales:
             self.overflows_in_a_row = _state(0, mstype.int32, "state.overflows_in_a_row")
 
-    def compile(self, *inputs, **options):
-        """As every Cell, but with the blocks compiled once."""
-        with runtime.compiled_once(self.loss.net.blocks):
-            super().compile(*inputs, **options)
-
     def construct(self, images, targets, rate, *randomness):
         """One step.
 
