@@ -82,6 +82,7 @@ def phases(*parts: tuple[float, dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 FULL = {"keep_ratio": 1.0}
+SMALL_IMAGES_FIRST = phases((0.5, {"image_size": 24}), (0.5, {}))
 # What is other than in RECIPE. `paper` is what question 2 changes one thing at a time of, as is `corner`, the furthest
 # out. (`skipped: drop` from block 3 computes what `end12` does: only the CLS token is read after the last block.)
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -94,15 +95,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "corner_random": {"skip": span(1, 12, 0.25, "random")},
     "corner_full_end": {"skip": span(1, 12, 0.25), "phases": phases((5 / 6, {}), (1 / 6, FULL))},
     "full_end": {"skip": span(3, 11, 0.45), "phases": phases((5 / 6, {}), (1 / 6, FULL))},
-    "small_images_first": {"skip": span(3, 11, 0.45), "phases": phases((0.5, {"image_size": 24}), (0.5, {}))},
-    "dense_small_images_first": {"skip": None, "phases": phases((0.5, {"image_size": 24}), (0.5, {}))},
+    "small_images_first": {"skip": span(3, 11, 0.45), "phases": SMALL_IMAGES_FIRST},
+    "dense_small_images_first": {"skip": None, "phases": SMALL_IMAGES_FIRST},
     "keep25_full_end": {"skip": span(3, 11, 0.25), "phases": phases((5 / 6, {}), (1 / 6, FULL))},
     "late25": {"skip": span(5, 12, 0.25)},
     "small_images_full_first": {
         "skip": span(3, 11, 0.45),
         "phases": phases((0.5, {"image_size": 24, **FULL}), (0.5, {})),
     },
-    "small_images_late25": {"skip": span(5, 12, 0.25), "phases": phases((0.5, {"image_size": 24}), (0.5, {}))},
+    "small_images_late25": {"skip": span(5, 12, 0.25), "phases": SMALL_IMAGES_FIRST},
     "random25": {"skip": span(3, 11, 0.25, "random")},
     "full_start": {"skip": span(3, 11, 0.45), "phases": phases((1 / 6, FULL), (5 / 6, {}))},
     "end12": {"skip": span(3, 12, 0.45)},
