@@ -4,15 +4,17 @@
   python studies/accuracy.py plan [--question Q]                            every run, and which are done
   python studies/accuracy.py run --work WORK [--question Q] [--limit N]     the next missing runs, one on each core
   python studies/accuracy.py time                                           step times of all runs' shapes, interleaved
-  python studies/accuracy.py choose SETTING                                 which SkipViT question 1 is about, once
+  python studies/accuracy.py choose SETTING                                 which SkipViT question 1 is about
+  python studies/accuracy.py give-up REASON                                 the choice, before its runs have ended
   python studies/accuracy.py tables                                         tables and pictures in README and docs
 
-Question 2 tries settings at half the epochs, question 1 sets the chosen one against dense on paired seeds, question 3
-holds Top-1 against cost, and `clutter` shows what each score keeps of the object. A run that was stopped goes on where
-it stopped; what is done is in `results/study`, one JSON a run, and is not run again. WORK, outside the repository,
-holds images and the runs' folders. Settings are compared on held-out images. The test images are for the runs of
-question 1 alone, which there are none of before the choice is written down, and each of which looks once, at its end;
-what they saw is told when all of them have ended.
+Question 2 tries settings at half the epochs, and what lost least there at all of them; question 1 sets the chosen one
+against dense on paired seeds, question 3 holds Top-1 against cost, and `clutter` shows what each score keeps of the
+object. A run that was stopped goes on where it stopped; what is done is in `results/study`, one JSON a run, and is not
+run again. WORK, outside the repository, holds images and the runs' folders. Settings are compared on held-out images.
+The test images are for the runs of question 1 alone, which there are none of before the choice is written down, and
+each of which looks once, at its end; what they saw is told when all of them have ended. A choice that is given up
+before that stays on record, with the reason, and the next one has seeds of its own.
 """
 
 import dataclasses
@@ -44,9 +46,10 @@ from skipvit.log import Parser, run_command, write_whole
 
 HELD_OUT_A_CLASS = 500  # of 5,000 training images a class: to choose by
 TRAINING_A_CLASS = 1_000  # the next so many: to train on
-EPOCHS = 12  # of questions 1 and 3; question 2 has half of them
+EPOCHS = 12  # of questions 1 and 3, and of those of question 2 that do not have half of them
 SEEDS = (0, 1, 2)
-PAIRED_SEEDS = tuple(range(100, 110))  # of question 1: none that question 2 has chosen by
+TRIAL_SEEDS = (100, 101, 102)  # of question 2 at all epochs: of question 1's first choice, which was given up
+FIRST_PAIRED_SEED, PAIRS = 100, 10  # of question 1: each choice has the next ten seeds
 COST_EPOCHS = (4, 6, 12)  # of question 3, each a schedule of its own
 
 RECIPE: dict[str, Any] = {
@@ -130,9 +133,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "tread": {"skip": span(2, 8, 0.5, "random")},
 }
-# Question 2's, the most informative first: a tier runs on all seeds before the next begins.
-TIERS = (8, 10, 11)
 OTHERS = ("evit", "tread")
+# Question 2's, the most informative first: epochs, seeds, and settings, all of which run on one seed before the next.
+TIERS = (
+    (EPOCHS // 2, SEEDS, "dense paper corner keep25 start1 random corner_random corner_full_end"),
+    (EPOCHS, TRIAL_SEEDS, "dense paper random small_images_first"),
+    (EPOCHS // 2, SEEDS, "full_end small_images_first dense_small_images_first keep25_full_end late25"),
+    (EPOCHS // 2, SEEDS, "small_images_full_first small_images_late25 random25 full_start end12 fuse"),
+    (EPOCHS // 2, SEEDS, "cls_attention_value key_norm mean_attention start2 start5 end9 keep10 keep65"),
+    (EPOCHS // 2, SEEDS, "corner_keep45 chosen_again"),
+)
 
 CLUTTER_SCORES = ("cls_attention", "cls_attention_value", "key_norm", "mean_attention", "random")
 CLUTTER_EPOCHS = 6
@@ -183,24 +193,23 @@ class Run(NamedTuple):
 def runs_of(question: str) -> list[Run]:
     """A question's runs in the order in which they are made; those of one that nothing was chosen for are left out."""
     if question == "2":
-        names = [name for name in SETTINGS if name not in OTHERS]
-        first = 0
-        found = []
-        for count in TIERS:
-            tier = names[first : first + count]
-            found += [Run(name, EPOCHS // 2, seed) for seed in SEEDS for name in tier]
-            first += count
-        return found
+        return [Run(name, epochs, seed) for epochs, seeds, names in TIERS for seed in seeds for name in names.split()]
     if question == "clutter":
         return [Run(score, CLUTTER_EPOCHS, seed, clutter=True) for seed in SEEDS for score in CLUTTER_SCORES]
-    chosen = [json.loads(CHOSEN.read_text())["setting"]] if CHOSEN.exists() else []
+    chosen = current_choice()
+    seeds: dict[int, Sequence[int]] = {epochs: SEEDS for epochs in COST_EPOCHS if epochs < EPOCHS}
+    methods: tuple[str, ...] = ("dense", *OTHERS)
+    if chosen:
+        methods += (chosen["setting"],)
+        seeds[EPOCHS] = chosen["seeds"]  # the longest share question 1's runs, and wait for the choice as those do
     if question == "1":
-        return [Run(name, EPOCHS, seed) for seed in PAIRED_SEEDS for name in ("dense", *chosen)] if chosen else []
-    methods = ("dense", *OTHERS, *chosen)
-    # The longest share question 1's runs, and wait for the choice as those do, to be tested at their end.
-    lengths = [epochs for epochs in COST_EPOCHS if chosen or epochs < EPOCHS]
-    pairs = [(epochs, PAIRED_SEEDS if epochs == EPOCHS else SEEDS) for epochs in lengths]
-    return [Run(name, epochs, seeds[i]) for i in range(len(SEEDS)) for epochs, seeds in pairs for name in methods]
+        return [Run(name, EPOCHS, seed) for seed in seeds.get(EPOCHS, ()) for name in ("dense", methods[-1])]
+    return [
+        Run(name, epochs, of_length[i])
+        for i in range(len(SEEDS))
+        for epochs, of_length in seeds.items()
+        for name in methods
+    ]
 
 
 def train(run: Run, work: Path) -> None:
@@ -254,8 +263,9 @@ def checks_of(run: Run) -> dict[str, tuple[str, list[str]]]:
         checks["top1_no_skip"] = ("held_out", ["--no-skip"])
         if run.config().of_phase(-1).skip != spans:  # it ends on all tokens
             checks["top1_skip"] = ("held_out", ["--keep-ratio", str(spans[0].keep_ratio)])
-    if run in runs_of("1"):
-        without = spans and json.loads(CHOSEN.read_text())["tested_without_skipping"]
+    chosen = current_choice()
+    if chosen and run in runs_of("1"):
+        without = spans and chosen["tested_without_skipping"]
         checks["test_top1"] = ("test", ["--no-skip"] if without else [])
     return checks
 
@@ -404,21 +414,45 @@ def write(path: Path, content: bytes) -> None:
     path.write_bytes(content)
 
 
+def choices() -> list[dict[str, Any]]:
+    """What was ever chosen for question 1; all but the last, if not that too, were given up."""
+    return json.loads(CHOSEN.read_text()) if CHOSEN.exists() else []
+
+
+def current_choice() -> Optional[dict[str, Any]]:
+    """What question 1 is about."""
+    return next((item for item in choices() if "given_up" not in item), None)
+
+
 def choose(setting: str, no_skip: bool) -> None:
     """Record which SkipViT question 1 is about, before any of its runs."""
-    if CHOSEN.exists():
-        raise UserError(f"{CHOSEN}: question 1 is about {json.loads(CHOSEN.read_text())['setting']}; that stays")
+    before, chosen = choices(), current_choice()
+    if chosen:
+        raise UserError(f"{CHOSEN}: question 1 is about {chosen['setting']}; `give-up` that first")
     if setting not in SETTINGS or not SETTINGS[setting]["skip"]:
         raise UserError(f"{setting}: is no setting with skipping; there are {', '.join(SETTINGS)}")
-    content = {
+    first = FIRST_PAIRED_SEED + PAIRS * len(before)
+    chosen = {
         "setting": setting,
         "recipe": SETTINGS[setting],
         "tested_without_skipping": no_skip,
         "epochs": EPOCHS,
-        "seeds": list(PAIRED_SEEDS),
+        "seeds": list(range(first, first + PAIRS)),
         "date": datetime.date.today().isoformat(),
     }
-    write(CHOSEN, (json.dumps(content, indent=1) + "\n").encode())
+    write(CHOSEN, (json.dumps([*before, chosen], indent=1) + "\n").encode())
+    tables()
+
+
+def give_up(reason: str) -> None:
+    """Record why question 1 is about what was chosen no longer, which its whole answer would rule out."""
+    items = choices()
+    if not current_choice():
+        raise UserError(f"{CHOSEN}: there is no choice to give up")
+    if all(run.record.exists() for run in runs_of("1")):
+        raise UserError(f"{CHOSEN}: question 1 is answered, about {items[-1]['setting']}; that stays")
+    items[-1]["given_up"] = reason
+    write(CHOSEN, (json.dumps(items, indent=1) + "\n").encode())
     tables()
 
 
@@ -453,11 +487,12 @@ def costs(ours: dict[str, Any], dense: dict[str, Any]) -> list[str]:
 
 
 def settings_table(epochs: int) -> str:
-    """Every setting against dense on the seeds that both have, on the held-out images."""
-    known = records()
+    """Every setting against dense on the seeds that both have, on the held-out images; but for question 1's runs."""
+    own = runs_of("1")
+    known = {key: item for key, item in records().items() if key[1] == epochs and Run(*key) not in own}
     rows = []
     for name in SETTINGS:
-        seeds = [seed for seed in SEEDS if (name, epochs, seed) in known and ("dense", epochs, seed) in known]
+        seeds = sorted(seed for setting, _, seed in known if setting == name and ("dense", epochs, seed) in known)
         if not seeds:
             continue
         ours, dense = ([known[key, epochs, seed] for seed in seeds] for key in (name, "dense"))
@@ -528,9 +563,9 @@ def cost_table() -> str:
 
 def verdict_in_words() -> str:
     """Question 1: the paired differences on the test images, once all runs are in."""
-    if not CHOSEN.exists():
-        return "Question 1 has not begun: nothing is chosen yet."
-    chosen, runs, known = json.loads(CHOSEN.read_text()), runs_of("1"), records()
+    chosen, runs, known = current_choice(), runs_of("1"), records()
+    if not chosen:
+        return choice_in_words()
     done = sum(run.record.exists() for run in runs)
     if done < len(runs):
         return f"{choice_in_words()} Of {len(runs)} runs {done} are in; what they saw is told when all are."
@@ -549,14 +584,18 @@ def verdict_in_words() -> str:
 
 
 def choice_in_words() -> str:
-    """What was chosen for question 1, and when."""
-    chosen = json.loads(CHOSEN.read_text())
-    tested = "all tokens" if chosen["tested_without_skipping"] else "skipping as trained"
-    seeds = f"{chosen['seeds'][0]} to {chosen['seeds'][-1]}"
-    return (
-        f"Chosen on {chosen['date']} by the held-out images: `{chosen['setting']}` ({describe(chosen['recipe'])}), "
-        f"{chosen['epochs']} epochs, seeds {seeds}, tested with {tested}, against dense."
-    )
+    """What was chosen for question 1, and when, and what was given up."""
+    parts = []
+    for item in choices():
+        tested = "all tokens" if item["tested_without_skipping"] else "skipping as trained"
+        parts.append(
+            f"Chosen on {item['date']} by the held-out images: `{item['setting']}` ({describe(item['recipe'])}), "
+            f"{item['epochs']} epochs, seeds {item['seeds'][0]} to {item['seeds'][-1]}, tested with {tested}, against "
+            "dense." + (f" Given up: {item['given_up']}." if "given_up" in item else "")
+        )
+    if not current_choice():
+        parts.append("Nothing is chosen for question 1 now.")
+    return " ".join(parts)
 
 
 def clutter_curves() -> dict[str, list[tuple[float, float, float, float]]]:
@@ -628,9 +667,9 @@ def blocks() -> dict[Path, str]:
         CLUTTER_PICTURE: "Share of the object's patches that each score keeps, over training",
     }
     shown = [f"![{alt}]({name})" for name, alt in pictures.items() if (ROOT / name).exists()]
-    readme = [verdict_in_words(), *shown, settings_table(EPOCHS // 2)]
-    choice = choice_in_words() if CHOSEN.exists() else "Nothing is chosen for question 1 yet."
-    return {README: "\n\n".join(readme), LOG: "\n\n".join([choice, cost_table(), clutter_table()])}
+    by_length = [f"{epochs} epochs, held-out images:\n\n{settings_table(epochs)}" for epochs in (EPOCHS, EPOCHS // 2)]
+    readme = [verdict_in_words(), *shown, *by_length]
+    return {README: "\n\n".join(readme), LOG: "\n\n".join([choice_in_words(), cost_table(), clutter_table()])}
 
 
 def with_block(text: str, block: str) -> str:
@@ -685,8 +724,8 @@ def all_runs(question: Optional[str]) -> list[Run]:
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """See the module."""
     parser = Parser(prog="studies/accuracy.py", description=__doc__)
-    parser.add_argument("command", choices=("prepare", "plan", "run", "time", "choose", "tables"))
-    parser.add_argument("setting", nargs="?", help=f"for choose: one of {', '.join(SETTINGS)}")
+    parser.add_argument("command", choices=("prepare", "plan", "run", "time", "choose", "give-up", "tables"))
+    parser.add_argument("what", nargs="?", help=f"for give-up: why; for choose: one of {', '.join(SETTINGS)}")
     parser.add_argument("--work", type=Path, help="folder of images and runs, outside the repository")
     parser.add_argument("--cifar10", type=Path, help="tar file of cifar10/{train,test}/<class>/<n>.jpg")
     parser.add_argument("--question", choices=QUESTIONS, help="none: 2, clutter, 1, 3")
@@ -695,12 +734,11 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument("--jobs", type=int, default=jobs, help="runs at a time (default: as many as there are cores)")
     parser.add_argument("--no-skip", action="store_true", help="for choose: it is to be tested on all tokens")
     arguments = parser.parse_args(argv)
-    needed = {"prepare": ("work", "cifar10"), "run": ("work",), "choose": ("setting",)}
+    needed = {"prepare": ("work", "cifar10"), "run": ("work",), "choose": ("what",), "give-up": ("what",)}
     for name in needed.get(arguments.command, ()):
         if getattr(arguments, name) is None:
-            raise UserError(
-                f"{arguments.command}: needs {'a setting' if name == 'setting' else f'--{name}'}; see --help"
-            )
+            missing = f"--{name}" if name != "what" else "a setting" if arguments.command == "choose" else "a reason"
+            raise UserError(f"{arguments.command}: needs {missing}; see --help")
     if arguments.work is not None:
         arguments.work = arguments.work.absolute()
 
@@ -714,7 +752,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     elif arguments.command == "time":
         measure(groups_of=4, warmup=8, steps=12)
     elif arguments.command == "choose":
-        choose(arguments.setting, arguments.no_skip)
+        choose(arguments.what, arguments.no_skip)
+    elif arguments.command == "give-up":
+        give_up(arguments.what)
     else:
         tables()
 
