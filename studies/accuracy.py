@@ -107,6 +107,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "phases": phases((0.5, {"image_size": 24, **FULL}), (0.5, {})),
     },
     "small_images_late25": {"skip": span(5, 12, 0.25), "phases": SMALL_IMAGES_FIRST},
+    # What skipping saves spent on more tokens of the same image at the end, where dense is at 32 px throughout.
+    "growing_images": {
+        "skip": span(3, 11, 0.45),
+        "phases": phases((0.25, {"image_size": 24}), (0.5, {}), (0.25, {"image_size": 40})),
+    },
+    "large_images_last": {
+        "skip": span(3, 11, 0.45),
+        "phases": phases((0.75, {"keep_ratio": 0.25}), (0.25, {"image_size": 40})),
+    },
     "random25": {"skip": span(3, 11, 0.25, "random")},
     "full_start": {"skip": span(3, 11, 0.45), "phases": phases((1 / 6, FULL), (5 / 6, {}))},
     "end12": {"skip": span(3, 12, 0.45)},
@@ -137,7 +146,7 @@ OTHERS = ("evit", "tread")
 # Question 2's, the most informative first: epochs, seeds, and settings, all of which run on one seed before the next.
 TIERS = (
     (EPOCHS // 2, SEEDS, "dense paper corner keep25 start1 random corner_random corner_full_end"),
-    (EPOCHS, TRIAL_SEEDS, "dense paper random small_images_first"),
+    (EPOCHS, TRIAL_SEEDS, "dense paper random small_images_first growing_images large_images_last"),
     (EPOCHS // 2, SEEDS, "full_end small_images_first dense_small_images_first keep25_full_end late25"),
     (EPOCHS // 2, SEEDS, "small_images_full_first small_images_late25 random25 full_start end12 fuse"),
     (EPOCHS // 2, SEEDS, "cls_attention_value key_norm mean_attention start2 start5 end9 keep10 keep65"),
