@@ -116,6 +116,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "skip": span(3, 11, 0.45),
         "phases": phases((0.75, {"keep_ratio": 0.25}), (0.25, {"image_size": 40})),
     },
+    # Other tokens skip in other blocks, so that none is left out of all: by chance in each as random-LTD has it (arXiv
+    # 2211.11586), by attention after each block on all tokens as IdleViT has it (arXiv 2310.05654).
+    "random_each_block": {"skip": [span(block, block + 1, 0.45, "random") for block in range(3, 11)]},
+    "chosen_thrice": {"skip": [span(start, start + 2, 0.25) for start in (3, 6, 9)]},
     "random25": {"skip": span(3, 11, 0.25, "random")},
     "full_start": {"skip": span(3, 11, 0.45), "phases": phases((1 / 6, FULL), (5 / 6, {}))},
     "end12": {"skip": span(3, 12, 0.45)},
@@ -146,7 +150,11 @@ OTHERS = ("evit", "tread")
 # Question 2's, the most informative first: epochs, seeds, and settings, all of which run on one seed before the next.
 TIERS = (
     (EPOCHS // 2, SEEDS, "dense paper corner keep25 start1 random corner_random corner_full_end"),
-    (EPOCHS, TRIAL_SEEDS, "dense paper random small_images_first growing_images large_images_last"),
+    (
+        EPOCHS,
+        TRIAL_SEEDS,
+        "dense paper random small_images_first growing_images large_images_last random_each_block chosen_thrice",
+    ),
     (EPOCHS // 2, SEEDS, "full_end small_images_first dense_small_images_first keep25_full_end late25"),
     (EPOCHS // 2, SEEDS, "small_images_full_first small_images_late25 random25 full_start end12 fuse"),
     (EPOCHS // 2, SEEDS, "cls_attention_value key_norm mean_attention start2 start5 end9 keep10 keep65"),
