@@ -1,5 +1,6 @@
 """The training step against the NumPy reference, and what it does with gradients that overflow."""
 
+import contextlib
 import functools
 
 import mindspore as ms
@@ -305,6 +306,43 @@ def test_two_steps_compiled_apart_are_bitwise_equal():
             run(*batch(step))
         states.append(run.state())
     assert_equal_states(*states)
+
+
+def test_blocks_compiled_once_are_blocks_compiled_one_by_one(monkeypatch):
+    recipe = config.from_dict(
+        {
+            "model": {
+                "name": "skipvit_small_patch16_224",
+                "num_classes": NUM_CLASSES,
+                "image_size": IMAGE_SIZE,
+                "patch_size": PATCH_SIZE,
+                "embed_dim": WIDTH,
+                "depth": 5,
+                "num_heads": NUM_HEADS,
+                "gelu": "sigmoid",
+            },
+            "skip": {"start": 2, "end": 4, "keep_ratio": 0.5},
+            "data": {"mean": MEAN, "std": STD},
+        }
+    )
+
+    def numbers():
+        """Of two steps of one size, two of another, and of the model alone with a third: each is a graph."""
+        net = model.VisionTransformer(recipe.model, recipe.skip)
+        step = steps.TrainStep(net, recipe)
+        rate = Tensor(np.full(1, RATE, np.float32))
+        batches = [batch(seed, size) for seed, size in enumerate((BATCH, BATCH, BATCH // 2, BATCH // 2))]
+        losses = [float(step(*(Tensor(value) for value in inputs), rate).asnumpy()) for inputs in batches]
+        logits = net(Tensor(np.linspace(-1, 1, 3 * 3 * IMAGE_SIZE**2, dtype=np.float32).reshape(3, 3, 12, 12)))
+        assert not any(hasattr(block, "cell_init_args") for block in net.blocks)
+        return losses, logits.asnumpy(), {item.name: item.asnumpy() for item in step.get_parameters()}
+
+    once = numbers()
+    monkeypatch.setattr(runtime, "compiled_once", lambda cells: contextlib.nullcontext())
+    one_by_one = numbers()
+    assert once[0] == one_by_one[0]
+    np.testing.assert_array_equal(once[1], one_by_one[1])
+    assert_equal_states(once[2], one_by_one[2])
 
 
 @pytest.mark.parametrize("kind", ["single", "half_accumulating"])

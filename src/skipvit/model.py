@@ -189,7 +189,7 @@ class Block(nn.Cell):
         self.scale_samples = scale_samples_kernel()
         self.dropout = config.dropout
 
-    def construct(self, x, branch_factors=None, seeds=None, cls_only=False):
+    def construct(self, x, branch_factors, seeds, cls_only):
         """One block.
 
         Args:

@@ -5,11 +5,13 @@ The only file that knows Ascend from CPU and one release from another (2.0.0 and
 
 import contextlib
 import functools
+import inspect
+import itertools
 import logging
 import os
 import platform
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -169,6 +171,34 @@ def save_checkpoint(entries, path: str) -> None:
     """``mindspore.save_checkpoint`` without its own complaint on the terminal; what cannot be written raises."""
     with _without_log():
         ms.save_checkpoint(entries, path)
+
+
+@contextlib.contextmanager
+def compiled_once(cells: Iterable[ms.nn.Cell]) -> Iterator[None]:
+    """While a graph is compiled inside, ``cells``, all alike, share what the front end makes of one of them.
+
+    It is put in each one's place before the back end sees it (``mindspore.lazy_inline(policy="front")``), so the graph
+    that runs is the same. MindSpore keeps the shared part by a cell's name alone, for other graphs of the process too,
+    whatever their shapes; so the name is another each time and is taken away again. Not for a graph with branches on
+    values, whose sides it looks at in threads of their own: of such graphs one in some ten fails there, with the shape
+    of one cell in another. On Ascend it was never run, so it is not used there.
+    """
+    marked = list(cells) if on_cpu() and "policy" in _parameters_of_lazy_inline() else []
+    name = f"lazy_inline_{next(_compilations)}"
+    for cell in marked:
+        cell.cell_init_args, cell.no_inline = name, False
+    try:
+        yield
+    finally:
+        for cell in marked:
+            del cell._cell_init_args, cell.no_inline
+
+
+_compilations = itertools.count()
+
+
+def _parameters_of_lazy_inline() -> Collection[str]:
+    return inspect.signature(ms.lazy_inline).parameters if hasattr(ms, "lazy_inline") else ()
 
 
 def wait_for(output: ms.Tensor) -> None:

@@ -111,7 +111,7 @@ class TrainStep(nn.Cell):
         self.has_drop_path, self.has_dropout = config.model.drop_path > 0, config.model.dropout > 0
         self.has_scores = bool(given_spans(config))
         self.dropout_place = int(self.has_drop_path)  # of dropout's seeds in what comes with the batch
-        self.gradient = ops.GradOperation(get_by_list=True)
+        self.loss_and_gradients = ops.value_and_grad(self.loss, None, self.weights)
         self.ranks = ranks
         if ranks > 1:
             self.average_over_ranks = nn.DistributedGradReducer(self.weights, True, ranks)
@@ -138,6 +138,12 @@ class TrainStep(nn.Cell):
         if self.scales:
             self.overflows_in_a_row = _state(0, mstype.int32, "state.overflows_in_a_row")
 
+    def compile(self, *inputs, **options):
+        """As every Cell, but with the blocks compiled once, where the step has no branch on a value."""
+        branches = self.scales or self.accumulate_steps > 1
+        with runtime.compiled_once(() if branches else self.loss.net.blocks):
+            super().compile(*inputs, **options)
+
     def construct(self, images, targets, rate, *randomness):
         """One step.
 
@@ -152,9 +158,8 @@ class TrainStep(nn.Cell):
         seeds = randomness[self.dropout_place] if self.has_dropout else None
         scores = randomness[-1] if self.has_scores else None
         scale = self.loss_scale if self.scales else self.one
-        # The forward pass stands here twice and is compiled once: equal nodes are merged.
-        loss = self.loss(images, targets, drop_path, seeds, scores, scale) / scale
-        gradients = self.gradient(self.loss, self.weights)(images, targets, drop_path, seeds, scores, scale)
+        loss, gradients = self.loss_and_gradients(images, targets, drop_path, seeds, scores, scale)
+        loss = loss / scale
 
         # Before check_finite, which may double the loss scale: `scale` is the parameter itself, read where it is used.
         share = 1.0 / (scale * self.accumulate_steps)
