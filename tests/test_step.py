@@ -345,6 +345,21 @@ def test_blocks_compiled_once_are_blocks_compiled_one_by_one(monkeypatch):
     assert_equal_states(once[2], one_by_one[2])
 
 
+def test_a_step_with_branches_compiles_its_blocks_one_by_one(monkeypatch):
+    """Shared, they took each other's shapes in one compilation of some ten, as the branches' sides run in threads."""
+    shared = []
+
+    def compiled_once(cells):
+        shared.append(len(list(cells)))
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(runtime, "compiled_once", compiled_once)
+    monkeypatch.setattr(ms.nn.Cell, "compile", lambda self, *inputs, **options: None)
+    for kind in ({}, {"precision": "fp16"}, {"accumulate_steps": 2}):
+        Run(**kind).step.compile()
+    assert shared == [DEPTH, 0, 0]
+
+
 @pytest.mark.parametrize("kind", ["single", "half_accumulating"])
 def test_every_parameter_of_the_step_has_a_name_of_its_own(kind):
     run = compiled(kind)
