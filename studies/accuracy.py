@@ -214,13 +214,13 @@ def runs_of(question: str) -> list[Run]:
     if question == "clutter":
         return [Run(score, CLUTTER_EPOCHS, seed, clutter=True) for seed in SEEDS for score in CLUTTER_SCORES]
     chosen = current_choice()
-    seeds: dict[int, Sequence[int]] = {epochs: SEEDS for epochs in COST_EPOCHS if epochs < EPOCHS}
-    methods: tuple[str, ...] = ("dense", *OTHERS)
-    if chosen:
-        methods += (chosen["setting"],)
-        seeds[EPOCHS] = chosen["seeds"]  # the longest share question 1's runs, and wait for the choice as those do
+    names, paired_seeds = ([chosen["setting"]], chosen["seeds"]) if chosen else ([], [])
     if question == "1":
-        return [Run(name, EPOCHS, seed) for seed in seeds.get(EPOCHS, ()) for name in ("dense", methods[-1])]
+        return [Run(name, EPOCHS, seed) for seed in paired_seeds for name in ("dense", *names)]
+    methods = ("dense", *OTHERS, *names)
+    seeds = {epochs: SEEDS for epochs in COST_EPOCHS if epochs < EPOCHS}
+    if chosen:
+        seeds[EPOCHS] = paired_seeds  # the longest share question 1's runs, and wait for the choice as those do
     return [
         Run(name, epochs, of_length[i])
         for i in range(len(SEEDS))

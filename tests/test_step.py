@@ -42,29 +42,32 @@ def graph_mode():
     compiled.cache_clear()
 
 
+def recipe_of(precision="fp32", of_optim=(), start=1, end=2, **of_model):
+    return config.from_dict(
+        {
+            "model": {
+                "name": "skipvit_small_patch16_224",
+                "num_classes": NUM_CLASSES,
+                "image_size": IMAGE_SIZE,
+                "patch_size": PATCH_SIZE,
+                "embed_dim": WIDTH,
+                "depth": DEPTH,
+                "num_heads": NUM_HEADS,
+                **of_model,
+            },
+            "skip": {"start": start, "end": end, "keep_ratio": 0.5},
+            "data": {"mean": MEAN, "std": STD},
+            "optim": {**OPTIM, **dict(of_optim)},
+            "train": {"precision": precision},
+        }
+    )
+
+
 class Run:
     """A training step with its state as it was before any step, to begin again from without compiling anew."""
 
     def __init__(self, precision="fp32", dropout=0.0, drop_path=0.0, **of_optim):
-        recipe = config.from_dict(
-            {
-                "model": {
-                    "name": "skipvit_small_patch16_224",
-                    "num_classes": NUM_CLASSES,
-                    "image_size": IMAGE_SIZE,
-                    "patch_size": PATCH_SIZE,
-                    "embed_dim": WIDTH,
-                    "depth": DEPTH,
-                    "num_heads": NUM_HEADS,
-                    "dropout": dropout,
-                    "drop_path": drop_path,
-                },
-                "skip": {"start": 1, "end": 2, "keep_ratio": 0.5},
-                "data": {"mean": MEAN, "std": STD},
-                "optim": {**OPTIM, **of_optim},
-                "train": {"precision": precision},
-            }
-        )
+        recipe = recipe_of(precision, of_optim, dropout=dropout, drop_path=drop_path)
         net = model.VisionTransformer(recipe.model, recipe.skip, runtime.compute_dtype(precision))
         own = net.parameters_dict()
         assert set(own) == set(PARAMETERS)
@@ -309,22 +312,7 @@ def test_two_steps_compiled_apart_are_bitwise_equal():
 
 
 def test_blocks_compiled_once_are_blocks_compiled_one_by_one(monkeypatch):
-    recipe = config.from_dict(
-        {
-            "model": {
-                "name": "skipvit_small_patch16_224",
-                "num_classes": NUM_CLASSES,
-                "image_size": IMAGE_SIZE,
-                "patch_size": PATCH_SIZE,
-                "embed_dim": WIDTH,
-                "depth": 5,
-                "num_heads": NUM_HEADS,
-                "gelu": "sigmoid",
-            },
-            "skip": {"start": 2, "end": 4, "keep_ratio": 0.5},
-            "data": {"mean": MEAN, "std": STD},
-        }
-    )
+    recipe = recipe_of(start=2, end=4, depth=5, gelu="sigmoid")
 
     def numbers():
         """Of two steps of one size, two of another, and of the model alone with a third: each is a graph."""
