@@ -45,13 +45,23 @@ from skipvit.log import Parser, run_command, write_whole
 # ------------------------------------------------------------------------------- what the study is, in one place
 
 HELD_OUT_A_CLASS = 500  # of 5,000 training images a class: to choose by
-TRAINING_A_CLASS = 1_000  # the next so many: to train on
-EPOCHS = 12  # of questions 1 and 3, and of those of question 2 that do not have half of them
+CLASSES = 10
 SEEDS = (0, 1, 2)
-TRIAL_SEEDS = (100, 101, 102)  # of question 2 at all epochs: of question 1's first choice, which was given up
 FIRST_PAIRED_SEED, PAIRS = 100, 10  # of question 1: each choice has the next ten seeds
-COST_EPOCHS = (4, 6, 12)  # of question 3, each a schedule of its own
 
+
+class Length(NamedTuple):
+    """How long a run trains: on how many images, the next ones of each class, and how often on each."""
+
+    images: int
+    epochs: int
+
+
+FEW_PASSES, HALF_OF_THEM = Length(10_000, 12), Length(10_000, 6)
+MANY_PASSES = Length(2_500, 48)  # the same steps, at the same cost, on images that are seen as often as a recipe would
+COST_LENGTHS = (Length(2_500, 16), Length(2_500, 24), MANY_PASSES)  # of question 3, each a schedule of its own
+
+# Of FEW_PASSES; epochs of warm-up and between validations are as many more as the images are fewer.
 RECIPE: dict[str, Any] = {
     "model": {
         "name": "skipvit_tiny_patch16_224",
@@ -147,18 +157,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "tread": {"skip": span(2, 8, 0.5, "random")},
 }
 OTHERS = ("evit", "tread")
-# Question 2's, the most informative first: epochs, seeds, and settings, all of which run on one seed before the next.
+# Question 2's, the most informative first: length, seeds, and settings, all of which run on one seed before the next.
 TIERS = (
-    (EPOCHS // 2, SEEDS, "dense paper corner keep25 start1 random corner_random corner_full_end"),
+    (HALF_OF_THEM, SEEDS, "dense paper corner keep25 start1 random corner_random corner_full_end"),
+    (MANY_PASSES, SEEDS, "dense paper random"),
     (
-        EPOCHS,
-        TRIAL_SEEDS,
+        FEW_PASSES,
+        (100, 101, 102),  # those of question 1's first choice, which was given up
         "dense paper random small_images_first growing_images large_images_last random_each_block chosen_thrice",
     ),
-    (EPOCHS // 2, SEEDS, "full_end small_images_first dense_small_images_first keep25_full_end late25"),
-    (EPOCHS // 2, SEEDS, "small_images_full_first small_images_late25 random25 full_start end12 fuse"),
-    (EPOCHS // 2, SEEDS, "cls_attention_value key_norm mean_attention start2 start5 end9 keep10 keep65"),
-    (EPOCHS // 2, SEEDS, "corner_keep45 chosen_again"),
+    (HALF_OF_THEM, SEEDS, "full_end small_images_first dense_small_images_first keep25_full_end late25"),
+    (HALF_OF_THEM, SEEDS, "small_images_full_first small_images_late25 random25 full_start end12 fuse"),
+    (HALF_OF_THEM, SEEDS, "cls_attention_value key_norm mean_attention start2 start5 end9 keep10 keep65"),
+    (HALF_OF_THEM, SEEDS, "corner_keep45 chosen_again"),
 )
 
 CLUTTER_SCORES = ("cls_attention", "cls_attention_value", "key_norm", "mean_attention", "random")
@@ -178,14 +189,15 @@ class Run(NamedTuple):
     """One training run; its name is its identity."""
 
     setting: str
+    images: int  # that it trains on; 0 for all of clutter's
     epochs: int
     seed: int
-    clutter: bool = False
 
     @property
     def name(self) -> str:
         """Of its JSON and its folder."""
-        return f"{'clutter_' if self.clutter else ''}{self.setting}_{self.epochs}epochs_seed{self.seed}"
+        images = f"{self.images}images" if self.images else "clutter"
+        return f"{self.setting}_{images}_{self.epochs}epochs_seed{self.seed}"
 
     @property
     def record(self) -> Path:
@@ -194,37 +206,40 @@ class Run(NamedTuple):
 
     def recipe(self) -> dict[str, Any]:
         """What it trains by, but for where images and folder lie."""
-        if self.clutter:
+        if self.images:
+            recipe = {**RECIPE, **SETTINGS[self.setting]}
+            for section, key in (("optim", "warmup_epochs"), ("train", "validate_every_epochs")):
+                epochs = recipe[section][key] * FEW_PASSES.images // self.images
+                recipe[section] = {**recipe[section], key: epochs}
+        else:
             recipe = yaml.safe_load((ROOT / "configs/clutter/skipvit.yaml").read_text())
             recipe["skip"]["score"] = self.setting
-        else:
-            recipe = {**RECIPE, **SETTINGS[self.setting]}
         return {**recipe, "train": {**recipe["train"], "epochs": self.epochs, "seed": self.seed}}
 
     def config(self) -> Config:
         """The recipe, checked."""
         config = from_dict(self.recipe())
-        return config.replace(model=dataclasses.replace(config.model, num_classes=10))
+        return config.replace(model=dataclasses.replace(config.model, num_classes=CLASSES))
 
 
 def runs_of(question: str) -> list[Run]:
     """A question's runs in the order in which they are made; those of one that nothing was chosen for are left out."""
     if question == "2":
-        return [Run(name, epochs, seed) for epochs, seeds, names in TIERS for seed in seeds for name in names.split()]
+        return [Run(name, *length, seed) for length, seeds, names in TIERS for seed in seeds for name in names.split()]
     if question == "clutter":
-        return [Run(score, CLUTTER_EPOCHS, seed, clutter=True) for seed in SEEDS for score in CLUTTER_SCORES]
+        return [Run(score, 0, CLUTTER_EPOCHS, seed) for seed in SEEDS for score in CLUTTER_SCORES]
     chosen = current_choice()
     names, paired_seeds = ([chosen["setting"]], chosen["seeds"]) if chosen else ([], [])
     if question == "1":
-        return [Run(name, EPOCHS, seed) for seed in paired_seeds for name in ("dense", *names)]
+        return [Run(name, *MANY_PASSES, seed) for seed in paired_seeds for name in ("dense", *names)]
     methods = ("dense", *OTHERS, *names)
-    seeds = {epochs: SEEDS for epochs in COST_EPOCHS if epochs < EPOCHS}
+    seeds = {length: SEEDS for length in COST_LENGTHS if length != MANY_PASSES}
     if chosen:
-        seeds[EPOCHS] = paired_seeds  # the longest share question 1's runs, and wait for the choice as those do
+        seeds[MANY_PASSES] = paired_seeds  # the longest share question 1's runs, and wait for the choice as those do
     return [
-        Run(name, epochs, of_length[i])
+        Run(name, *length, of_length[i])
         for i in range(len(SEEDS))
-        for epochs, of_length in seeds.items()
+        for length, of_length in seeds.items()
         for name in methods
     ]
 
@@ -234,8 +249,9 @@ def train(run: Run, work: Path) -> None:
     folder = work / "runs" / run.name
     folder.parent.mkdir(parents=True, exist_ok=True)
     recipe = run.recipe()
-    if not run.clutter:
-        recipe["data"] = {**recipe["data"], "train": str(work / "cifar10/train"), "val": str(work / "cifar10/held_out")}
+    if run.images:
+        images = {"train": f"train_{run.images}", "val": "held_out"}
+        recipe["data"] = {**recipe["data"], **{key: str(work / "cifar10" / name) for key, name in images.items()}}
     recipe["train"] = {**recipe["train"], "output": str(folder), "resume": "auto"}
     path = folder.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
@@ -246,9 +262,7 @@ def train(run: Run, work: Path) -> None:
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     validations = [item for item in metrics if "top1" in item]
     record = {
-        "setting": run.setting,
-        "epochs": run.epochs,
-        "seed": run.seed,
+        **run._asdict(),
         "top1": validations[-1]["top1"],
         "curve": [[item["epoch"], item["top1"]] for item in validations],
         "losses": mean_losses(metrics),
@@ -355,9 +369,9 @@ def measure(groups_of: int, warmup: int, steps: int) -> None:
     known = step_times()
     wanted: dict[str, Config] = {}
     for name in SETTINGS:
-        for config, _ in steps_of(Run(name, EPOCHS, 0).config(), 1):
+        for config, _ in steps_of(Run(name, *MANY_PASSES, 0).config(), 1):
             wanted.setdefault(shape_of(config), config)
-    dense = Run("dense", EPOCHS, 0).config()
+    dense = Run("dense", *MANY_PASSES, 0).config()
     missing = [shape for shape in wanted if shape not in known["ratios"] and shape != shape_of(dense)]
     for first in range(0, len(missing), groups_of):
         group = missing[first : first + groups_of]
@@ -401,7 +415,9 @@ def prepare(archive: Path, work: Path) -> None:
     target = work / "cifar10"
     if target.exists():
         raise UserError(f"{target}: is there already; delete it to have it made anew")
-    parts = {"held_out": (0, HELD_OUT_A_CLASS), "train": (HELD_OUT_A_CLASS, HELD_OUT_A_CLASS + TRAINING_A_CLASS)}
+    parts = {"held_out": (0, HELD_OUT_A_CLASS)}
+    for images in (FEW_PASSES.images, MANY_PASSES.images):
+        parts[f"train_{images}"] = (HELD_OUT_A_CLASS, HELD_OUT_A_CLASS + images // CLASSES)
     unfinished = work / ".cifar10.tmp"
     for part, name, content in images_in(archive, "train"):
         for folder, (first, end) in parts.items():
@@ -453,7 +469,7 @@ def choose(setting: str, no_skip: bool) -> None:
         "setting": setting,
         "recipe": SETTINGS[setting],
         "tested_without_skipping": no_skip,
-        "epochs": EPOCHS,
+        **MANY_PASSES._asdict(),
         "seeds": list(range(first, first + PAIRS)),
         "date": datetime.date.today().isoformat(),
     }
@@ -485,10 +501,10 @@ def interval(differences: Sequence[float]) -> str:
     return f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})"
 
 
-def records() -> dict[tuple[str, int, int], dict[str, Any]]:
-    """What is recorded of CIFAR-10, by setting, epochs and seed."""
+def records() -> dict[Run, dict[str, Any]]:
+    """What is recorded of CIFAR-10."""
     found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*_seed*.json"))]
-    return {(item["setting"], item["epochs"], item["seed"]): item for item in found if "object_kept" not in item}
+    return {Run(*(item[field] for field in Run._fields)): item for item in found if item["images"]}
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -503,21 +519,25 @@ def costs(ours: dict[str, Any], dense: dict[str, Any]) -> list[str]:
     return [f"{ours['training_flops'] / dense['training_flops']:.2f}", measured]
 
 
-def settings_table(epochs: int) -> str:
+def settings_table(length: Length) -> str:
     """Every setting against dense on the seeds that both have, on the held-out images; but for question 1's runs."""
     own = runs_of("1")
-    known = {key: item for key, item in records().items() if key[1] == epochs and Run(*key) not in own}
+    known = {
+        (run.setting, run.seed): item
+        for run, item in records().items()
+        if (run.images, run.epochs) == length and run not in own
+    }
     rows = []
     for name in SETTINGS:
-        seeds = sorted(seed for setting, _, seed in known if setting == name and ("dense", epochs, seed) in known)
+        seeds = sorted(seed for setting, seed in known if setting == name and ("dense", seed) in known)
         if not seeds:
             continue
-        ours, dense = ([known[key, epochs, seed] for seed in seeds] for key in (name, "dense"))
+        ours, dense = ([known[key, seed] for seed in seeds] for key in (name, "dense"))
         tops = [[item.get(key, item["top1"]) for item in ours] for key in ("top1", "top1_skip", "top1_no_skip")]
         differences = [item["top1"] - other["top1"] for item, other in zip(ours, dense)]
         rows.append(
             [
-                f"[`{name}`](results/study/{Run(name, epochs, seeds[0]).name}.json)",
+                f"[`{name}`](results/study/{Run(name, *length, seeds[0]).name}.json)",
                 describe(SETTINGS[name]),
                 *costs(ours[0], dense[0]),
                 f"{np.mean(tops[0]):.2f}",
@@ -560,7 +580,7 @@ def cost_points() -> dict[str, dict[float, list[float]]]:
     known, times = records(), step_times()
     points: dict[str, dict[float, list[float]]] = {}
     for run in runs_of("3"):
-        record = known.get((run.setting, run.epochs, run.seed))
+        record = known.get(run)
         seconds = seconds_of(record, times) if record else None
         if record and seconds:
             of_method = points.setdefault(run.setting, {})
@@ -586,7 +606,7 @@ def verdict_in_words() -> str:
     done = sum(run.record.exists() for run in runs)
     if done < len(runs):
         return f"{choice_in_words()} Of {len(runs)} runs {done} are in; what they saw is told when all are."
-    pairs = [[known[name, chosen["epochs"], seed] for name in ("dense", chosen["setting"])] for seed in chosen["seeds"]]
+    pairs = [[known[run] for run in runs if run.seed == seed] for seed in chosen["seeds"]]
     tops = np.array([[record["test_top1"] for record in pair] for pair in pairs])
     rows = [
         [str(seed), f"{dense:.2f}", f"{ours:.2f}", f"{ours - dense:+.2f}"]
@@ -605,10 +625,11 @@ def choice_in_words() -> str:
     parts = []
     for item in choices():
         tested = "all tokens" if item["tested_without_skipping"] else "skipping as trained"
+        seeds = f"seeds {item['seeds'][0]} to {item['seeds'][-1]}"
         parts.append(
             f"Chosen on {item['date']} by the held-out images: `{item['setting']}` ({describe(item['recipe'])}), "
-            f"{item['epochs']} epochs, seeds {item['seeds'][0]} to {item['seeds'][-1]}, tested with {tested}, against "
-            "dense." + (f" Given up: {item['given_up']}." if "given_up" in item else "")
+            f"{item['epochs']} epochs of {item['images']:,} images, {seeds}, tested with {tested}, against dense."
+            + (f" Given up: {item['given_up']}." if "given_up" in item else "")
         )
     if not current_choice():
         parts.append("Nothing is chosen for question 1 now.")
@@ -684,7 +705,10 @@ def blocks() -> dict[Path, str]:
         CLUTTER_PICTURE: "Share of the object's patches that each score keeps, over training",
     }
     shown = [f"![{alt}]({name})" for name, alt in pictures.items() if (ROOT / name).exists()]
-    by_length = [f"{epochs} epochs, held-out images:\n\n{settings_table(epochs)}" for epochs in (EPOCHS, EPOCHS // 2)]
+    by_length = [
+        f"{length.epochs} epochs of {length.images:,} images, Top-1 on held-out ones:\n\n{settings_table(length)}"
+        for length in (MANY_PASSES, FEW_PASSES, HALF_OF_THEM)
+    ]
     readme = [verdict_in_words(), *shown, *by_length]
     return {README: "\n\n".join(readme), LOG: "\n\n".join([choice_in_words(), cost_table(), clutter_table()])}
 

@@ -130,9 +130,13 @@ def test_sweep_and_its_picture(tmp_path, monkeypatch, capsys):
     for name, values in (("START", (1, 2)), ("END", (3, 9)), ("KEEP_RATIO", (0.25,))):
         monkeypatch.setattr(benchmark, f"SWEEP_{name}", values)
     monkeypatch.chdir(tmp_path)
-    benchmark.main([*SMALL, *QUICK, "--sweep", "--picture", str(tmp_path / "sweep.png")])
+    benchmark.main([*SMALL, *QUICK, "--sweep", "--processes", "2", "--picture", str(tmp_path / "sweep.png")])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [(row["start"], row["end"], row["kept"]) for row in result["sweep"]] == [(1, 3, 4), (2, 3, 4)]
+    for row in result["sweep"]:
+        assert row["speed_up"] == pytest.approx(np.median([one["ratio"] for one in row["processes"]]), abs=1e-4)
+        assert len(row["processes"]) == 2
+        assert row["efficiency"] == pytest.approx(row["speed_up"] / row["bound"], abs=1e-3)
     assert result["least_efficiency"] == min(row["efficiency"] for row in result["sweep"])
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
 

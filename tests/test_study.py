@@ -54,9 +54,7 @@ def record(run, top1, **more):
     """A run's JSON with this Top-1."""
     shapes = [[study.shape_of(config), steps] for config, steps in study.steps_of(run.config(), 10)]
     content = {
-        "setting": run.setting,
-        "epochs": run.epochs,
-        "seed": run.seed,
+        **run._asdict(),
         "top1": top1,
         "steps": shapes,
         "training_flops": study.training_flops(run.config(), 10),
@@ -67,13 +65,15 @@ def record(run, top1, **more):
 
 def test_every_setting_is_a_recipe_at_every_length():
     for name in study.SETTINGS:
-        for epochs in {study.EPOCHS, study.EPOCHS // 2, *study.COST_EPOCHS}:
-            config = study.Run(name, epochs, 0).config()
+        for length in {study.FEW_PASSES, study.HALF_OF_THEM, *study.COST_LENGTHS}:
+            config = study.Run(name, *length, 0).config()
             assert config.model.num_patches == 64
-            assert sum(steps for _, steps in study.steps_of(config, 10)) == 10 * epochs
-    dense = study.training_flops(study.Run("dense", 12, 0).config(), 10)
+            assert sum(steps for _, steps in study.steps_of(config, 10)) == 10 * length.epochs
+            warm_up = config.optim.warmup_epochs * length.images
+            assert warm_up == 10_000, "as many steps for all"
+    dense = study.training_flops(study.Run("dense", *study.FEW_PASSES, 0).config(), 10)
     for name in study.SETTINGS:
-        share = study.training_flops(study.Run(name, 12, 0).config(), 10) / dense
+        share = study.training_flops(study.Run(name, *study.FEW_PASSES, 0).config(), 10) / dense
         assert share == 1 if name == "dense" else 0.25 < share < 1, name
 
 
@@ -81,12 +81,12 @@ def test_the_most_informative_runs_come_first_and_seeds_interleave(place):
     runs = study.runs_of("2")
     assert len(runs) == len(set(runs))
     assert {run.setting for run in runs} == set(study.SETTINGS) - set(study.OTHERS)
-    assert {run.seed for run in runs if run.epochs == 6} == {0, 1, 2}
-    assert {run.seed for run in runs if run.epochs == 12} == {100, 101, 102}
+    assert {run.seed for run in runs if run[1:3] == study.HALF_OF_THEM} == {0, 1, 2}
+    assert {run.seed for run in runs if run[1:3] == study.FEW_PASSES} == {100, 101, 102}
     assert [run.setting for run in runs[:3]] == ["dense", "paper", "corner"]
     assert [run.seed for run in runs[:24]] == [seed for seed in (0, 1, 2) for _ in range(8)]
     assert study.runs_of("1") == []
-    assert all(run.epochs < 12 for run in study.runs_of("3")), "before the choice"
+    assert all(run.epochs < 48 for run in study.runs_of("3")), "before the choice"
     study.choose("corner", no_skip=True)
     runs = study.runs_of("1")
     assert len(runs) == 20
@@ -97,8 +97,8 @@ def test_the_most_informative_runs_come_first_and_seeds_interleave(place):
         ("corner", 101),
     ]
     assert not {run.seed for run in runs} & set(study.SEEDS)
-    assert {run for run in study.runs_of("3") if run.epochs == 12} == {
-        study.Run(name, 12, seed) for name in ("dense", "corner", *study.OTHERS) for seed in (100, 101, 102)
+    assert {run for run in study.runs_of("3") if run.epochs == 48} == {
+        study.Run(name, 2_500, 48, seed) for name in ("dense", "corner", *study.OTHERS) for seed in (100, 101, 102)
     }
     assert len(study.all_runs(None)) == len(set(study.all_runs(None)))
 
@@ -110,8 +110,10 @@ def test_what_was_chosen_stays_or_is_given_up_with_a_reason(place):
     with pytest.raises(UserError, match="question 1 is about corner; `give-up` that first"):
         study.choose("paper", no_skip=False)
     for name, top1 in (("dense", 60.0), ("corner", 55.0)):
-        record(study.Run(name, 12, 100), top1, test_top1=99.0)
-    assert "less dense" not in study.settings_table(12), "question 1's runs are told in its verdict alone"
+        record(study.Run(name, *study.MANY_PASSES, 100), top1, test_top1=99.0)
+    assert "less dense" not in study.settings_table(study.MANY_PASSES), (
+        "question 1's runs are told in its verdict alone"
+    )
     study.give_up("it loses 5 points")
     given_up = "seeds 100 to 109, tested with skipping as trained, against dense. Given up: it loses 5 points."
     assert f"{given_up} Nothing is chosen for question 1 now.\n" in study.README.read_text()
@@ -130,14 +132,16 @@ def test_what_was_chosen_stays_or_is_given_up_with_a_reason(place):
 
 def test_held_out_images_are_none_of_the_training_images(place, archive, monkeypatch):
     monkeypatch.setattr(study, "HELD_OUT_A_CLASS", 2)
-    monkeypatch.setattr(study, "TRAINING_A_CLASS", 4)
+    monkeypatch.setattr(study, "CLASSES", 2)
+    monkeypatch.setattr(study, "FEW_PASSES", study.Length(8, 1))
+    monkeypatch.setattr(study, "MANY_PASSES", study.Length(2, 4))
     study.prepare(archive, place / "work")
     found = {
         str(path.relative_to(place / "work/cifar10")): path.read_text() for path in (place / "work").rglob("*.jpg")
     }
     assert found == {
         f"{part}/{name}/{n:04d}.jpg": f"cifar10/train/{name}/{n:04d}.jpg"
-        for part, numbers in (("held_out", (0, 1)), ("train", (2, 3, 4, 5)))
+        for part, numbers in (("held_out", (0, 1)), ("train_8", (2, 3, 4, 5)), ("train_2", (2,)))
         for name in ("crow", "owl")
         for n in numbers
     } | {f"test/{name}/{n:04d}.jpg": f"cifar10/test/{name}/{n:04d}.jpg" for name in ("crow", "owl") for n in (0, 1)}
@@ -146,7 +150,7 @@ def test_held_out_images_are_none_of_the_training_images(place, archive, monkeyp
 
 
 def test_a_run_is_recorded_from_what_the_commands_say(place, monkeypatch):
-    run = study.Run("corner_full_end", 6, 1)
+    run = study.Run("corner_full_end", 10_000, 6, 1)
     asked = []
 
     def command(arguments, work, log=None):
@@ -179,29 +183,31 @@ def test_a_run_is_recorded_from_what_the_commands_say(place, monkeypatch):
 def test_differences_are_paired_by_seed_with_students_interval(place):
     dense, ours = [50.0, 52.0, 47.0], [50.5, 51.5, 48.5]
     for seed, (one, other) in enumerate(zip(dense, ours)):
-        record(study.Run("dense", 6, seed), one)
-        record(study.Run("paper", 6, seed), other, top1_no_skip=other - 1)
-    record(study.Run("keep10", 6, 0), 40.0, top1_no_skip=30.0)
+        record(study.Run("dense", *study.HALF_OF_THEM, seed), one)
+        record(study.Run("paper", *study.HALF_OF_THEM, seed), other, top1_no_skip=other - 1)
+    record(study.Run("keep10", *study.HALF_OF_THEM, 0), 40.0, top1_no_skip=30.0)
     differences = np.subtract(ours, dense)
     low, high = stats.t.interval(0.95, 2, differences.mean(), differences.std(ddof=1) / np.sqrt(3))
-    text = study.settings_table(6)
+    text = study.settings_table(study.HALF_OF_THEM)
     (row,) = [line for line in text.splitlines() if "`paper`" in line]
     assert f"| 50.17 | +0.50 ({low:+.2f} to {high:+.2f}) | 50.17 | 49.17 | 3 |" in row
     (row,) = [line for line in text.splitlines() if "`keep10`" in line]
     assert "| 40.00 | -10.00 | 40.00 | 30.00 | 1 |" in row
-    shape = study.shape_of(study.Run("paper", 6, 0).config())
+    shape = study.shape_of(study.Run("paper", *study.HALF_OF_THEM, 0).config())
     times = {
-        "ratios": {shape: 0.6, study.shape_of(study.Run("dense", 6, 0).config()): 1.0},
+        "ratios": {shape: 0.6, study.shape_of(study.Run("dense", *study.HALF_OF_THEM, 0).config()): 1.0},
         "dense_ms": [900, 1000, 2000],
     }
     study.write(study.STEP_TIMES, json.dumps(times).encode())
-    (row,) = [line for line in study.settings_table(6).splitlines() if "`paper`" in line]
+    (row,) = [line for line in study.settings_table(study.HALF_OF_THEM).splitlines() if "`paper`" in line]
     assert "| 0.60 | 50.17 |" in row
-    assert study.cost_points() == {"dense": {1.0: dense}}, "60 steps of a second"
+    for seed, top1 in enumerate(dense):
+        record(study.Run("dense", *study.COST_LENGTHS[1], seed), top1)
+    assert study.cost_points() == {"dense": {4.0: dense}}, "240 steps of a second"
 
 
 def test_the_test_images_are_for_the_runs_of_what_was_chosen(place, monkeypatch):
-    run = study.Run("corner", study.EPOCHS, 100)
+    run = study.Run("corner", *study.MANY_PASSES, 100)
     assert study.checks_of(run) == {"top1_no_skip": ("held_out", ["--no-skip"])}
     study.choose("corner", no_skip=True)
     assert study.checks_of(run)["test_top1"] == ("test", ["--no-skip"])
@@ -257,18 +263,18 @@ def test_runs_go_on_cores_of_their_own(place, monkeypatch):
 def test_the_share_of_the_object_is_told_over_training(place):
     for seed in study.SEEDS:
         shares = [[float(epoch), (epoch + seed) / 10] for epoch in range(1, 7)]
-        record(study.Run("random", study.CLUTTER_EPOCHS, seed, clutter=True), 90.0, object_kept=shares)
+        record(study.Run("random", 0, study.CLUTTER_EPOCHS, seed), 90.0, object_kept=shares)
     assert "| `random` | 20.0% (10.0 to 30.0) | 70.0% (60.0 to 80.0) |" in study.clutter_table()
     assert study.records() == {}
 
 
 def test_pictures_are_drawn_and_shown(place):
     pytest.importorskip("matplotlib")
-    for epochs in study.COST_EPOCHS:
+    for length in study.COST_LENGTHS:
         for seed in study.SEEDS[:2]:
-            record(study.Run("dense", epochs, seed), 50.0 + epochs + seed / 10)
-    record(study.Run("random", study.CLUTTER_EPOCHS, 0, clutter=True), 90.0, object_kept=[[1.0, 0.4], [2.0, 0.5]])
-    dense = study.shape_of(study.Run("dense", 6, 0).config())
+            record(study.Run("dense", *length, seed), 50.0 + length.epochs + seed / 10)
+    record(study.Run("random", 0, study.CLUTTER_EPOCHS, 0), 90.0, object_kept=[[1.0, 0.4], [2.0, 0.5]])
+    dense = study.shape_of(study.Run("dense", *study.HALF_OF_THEM, 0).config())
     study.write(study.STEP_TIMES, json.dumps({"ratios": {dense: 1.0}, "dense_ms": [1000]}).encode())
     study.tables()
     for name in (study.COST_PICTURE, study.CLUTTER_PICTURE):
