@@ -21,11 +21,7 @@ COMMANDS = {
     "visualize": visualize,
 }
 
-
-@pytest.fixture(autouse=True, scope="module")
-def graph_mode():
-    """Before any operator runs: MindSpore's device cannot be chosen after."""
-    runtime.start()
+pytestmark = pytest.mark.usefixtures("graph_mode")
 
 
 def blocks(document, language):

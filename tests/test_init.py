@@ -16,6 +16,8 @@ from mindspore import Tensor
 import skipvit
 from skipvit import config
 
+pytestmark = pytest.mark.usefixtures("graph_mode")
+
 SIZES = {"image_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
 SPAN = {"start": 1, "end": 2, "keep_ratio": 0.45}
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn, ops
 
-from skipvit import kernels, runtime
+from skipvit import kernels
 
 GENERATOR = np.random.default_rng(0)
 
@@ -33,10 +33,7 @@ CASES = {
     "scale_samples": (kernels.ScaleSamples, kernels.ScaleSamplesCpu, [draw(3, 5, 7), draw(3)]),
 }
 
-
-@pytest.fixture(autouse=True, scope="module")
-def graph_mode():
-    runtime.start()
+pytestmark = pytest.mark.usefixtures("graph_mode")
 
 
 class Gradients(nn.Cell):

@@ -79,8 +79,7 @@ every_case = for_cases(*CASES)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def graph_mode():
-    runtime.start()
+def forget_what_was_compiled(graph_mode):
     yield
     compiled.cache_clear()
     computed.cache_clear()

@@ -8,7 +8,7 @@ import pytest
 import reference
 from mindspore import Parameter, Tensor, nn
 
-from skipvit import model, optim, runtime
+from skipvit import model, optim
 from skipvit.config import OptimConfig
 
 # One parameter of each kind; shapes differ, so that none can be taken for another.
@@ -26,10 +26,7 @@ UNDECAYED = sorted(set(SHAPES) - DECAYED)
 STEPS = 8
 RATES = 1e-2 * (1 + np.arange(STEPS)) / STEPS
 
-
-@pytest.fixture(autouse=True, scope="module")
-def graph_mode():
-    runtime.start()
+pytestmark = pytest.mark.usefixtures("graph_mode")
 
 
 def draw(seed, scale=1.0):

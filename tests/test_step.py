@@ -36,8 +36,7 @@ UNDECAYED = [name for name, value in PARAMETERS.items() if value.ndim == 1] + ["
 
 
 @pytest.fixture(autouse=True, scope="module")
-def graph_mode():
-    runtime.start()
+def forget_what_was_compiled(graph_mode):
     yield
     compiled.cache_clear()
 

@@ -9,17 +9,14 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from mindspore import Tensor, nn, ops
 
-from skipvit import runtime, tokens
+from skipvit import tokens
 
 # Axes that meet differ in length, so that none can be taken for another.
 B, H, N, HEAD_DIM, D, K = 3, 2, 13, 5, 7, 4
 
 both_dtypes = pytest.mark.parametrize("sort_dtype", [ms.float32, ms.float16], ids=["float32", "float16"])
 
-
-@pytest.fixture(autouse=True, scope="module")
-def graph_mode():
-    runtime.start()
+pytestmark = pytest.mark.usefixtures("graph_mode")
 
 
 def normal(seed, *shape):
