@@ -8,13 +8,14 @@
   python studies/accuracy.py give-up REASON                                 the choice, before its runs have ended
   python studies/accuracy.py tables                                         tables and pictures in README and docs
 
-Question 2 tries settings at half the epochs, and what lost least there at all of them; question 1 sets the chosen one
-against dense on paired seeds, question 3 holds Top-1 against cost, and `clutter` shows what each score keeps of the
-object. A run that was stopped goes on where it stopped; what is done is in `results/study`, one JSON a run, and is not
-run again. WORK, outside the repository, holds images and the runs' folders. Settings are compared on held-out images.
-The test images are for the runs of question 1 alone, which there are none of before the choice is written down, and
-each of which looks once, at its end; what they saw is told when all of them have ended. A choice that is given up
-before that stays on record, with the reason, and the next one has seeds of its own.
+Question 2 tries settings at half the epochs, what lost least there at all of them, and on fewer images that are seen
+more often, at the same cost; there question 1 sets the chosen one against dense on paired seeds, question 3 holds Top-1
+against cost, and `clutter` shows what each score keeps of the object. A run that was stopped goes on where it stopped;
+what is done is in `results/study`, one JSON a run, and is not run again. WORK, outside the repository, holds images and
+the runs' folders. Settings are compared on held-out images. The test images are for the runs of question 1 alone, which
+there are none of before the choice is written down, and each of which looks once, at its end; what they saw is told
+when all of them have ended. A choice that is given up before that stays on record, with the reason, and the next one
+has seeds of its own.
 """
 
 import dataclasses
@@ -58,8 +59,9 @@ class Length(NamedTuple):
 
 
 FEW_PASSES, HALF_OF_THEM = Length(10_000, 12), Length(10_000, 6)
-MANY_PASSES = Length(2_500, 48)  # the same steps, at the same cost, on images that are seen as often as a recipe would
-COST_LENGTHS = (Length(2_500, 16), Length(2_500, 24), MANY_PASSES)  # of question 3, each a schedule of its own
+MANY_PASSES = Length(2_500, 48)  # as many steps, on images that are seen more often
+# Of question 3, each a schedule of its own.
+COST_LENGTHS = (MANY_PASSES._replace(epochs=16), MANY_PASSES._replace(epochs=24), MANY_PASSES)
 
 # Of FEW_PASSES; epochs of warm-up and between validations are as many more as the images are fewer.
 RECIPE: dict[str, Any] = {

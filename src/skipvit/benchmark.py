@@ -355,7 +355,7 @@ def sweep(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.picture:
         draw.check_output(arguments.picture)
     found: dict[SkipConfig, list[dict[str, Any]]] = {span: [] for span in _sweep_spans(config)}
-    print(f"{'start':>5}{'end':>5}{'keep':>6}{'speed-up':>10}{'bound':>8}")
+    print(f"{'start':>5}{'end':>5}{'keep':>6}{'speed-up':>10}{'bound':>8}{'efficiency':>12}")
     for _ in range(arguments.processes):
         dense = Contender("dense", config.replace(skip=()), "own")
         try:
@@ -363,9 +363,10 @@ def sweep(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
                 dense.step(counted=False)
             for span, speed_ups in found.items():
                 speed_ups.append(_sweep_one(config, span, dense, arguments))
+                row = _sweep_row(config, span, speed_ups[-1:])
                 print(
-                    f"{span.start:>5}{span.end:>5}{span.keep_ratio:>6}{speed_ups[-1]['ratio']:>10.3f}"
-                    f"{cost.speed_up_bound(config.model, (span,)):>8.3f}",
+                    f"{row['start']:>5}{row['end']:>5}{row['keep_ratio']:>6}{row['speed_up']:>10.3f}"
+                    f"{row['bound']:>8.3f}{row['efficiency']:>12.3f}",
                     flush=True,
                 )
         finally:
@@ -408,7 +409,7 @@ def _sweep_row(config: Config, span: SkipConfig, speed_ups: Sequence[dict[str, A
         "keep_ratio": span.keep_ratio,
         "kept": span.kept_count(config.model.num_patches),
         "speed_up": round(speed_up, 4),
-        "processes": list(speed_ups),
+        "processes": speed_ups,
         "bound": round(bound, 4),
         "efficiency": round(speed_up / bound, 4),
     }
