@@ -62,6 +62,7 @@ FEW_PASSES, HALF_OF_THEM = Length(10_000, 12), Length(10_000, 6)
 MANY_PASSES = Length(2_500, 48)  # as many steps, on images that are seen more often
 # Of question 3, each a schedule of its own.
 COST_LENGTHS = (MANY_PASSES._replace(epochs=16), MANY_PASSES._replace(epochs=24), MANY_PASSES)
+MORE_AT_TEST = 0.1  # of the tokens, that a setting of one span is also tested with
 
 # Of FEW_PASSES; epochs of warm-up and between validations are as many more as the images are fewer.
 RECIPE: dict[str, Any] = {
@@ -299,12 +300,14 @@ def checks_of(run: Run) -> dict[str, tuple[str, list[str]]]:
     spans = run.config().skip
     if spans:
         checks["top1_no_skip"] = ("held_out", ["--no-skip"])
+        if len(spans) == 1:
+            checks["top1_more"] = ("held_out", ["--keep-ratio", f"{spans[0].keep_ratio + MORE_AT_TEST:g}"])
         if run.config().of_phase(-1).skip != spans:  # it ends on all tokens
             checks["top1_skip"] = ("held_out", ["--keep-ratio", str(spans[0].keep_ratio)])
     chosen = current_choice()
     if chosen and run in runs_of("1"):
-        without = spans and chosen["tested_without_skipping"]
-        checks["test_top1"] = ("test", ["--no-skip"] if without else [])
+        tested_at = chosen["tested_keep_ratio"] if spans else None
+        checks["test_top1"] = ("test", ["--keep-ratio", str(tested_at)] if tested_at else [])
     return checks
 
 
@@ -464,18 +467,20 @@ def current_choice() -> Optional[dict[str, Any]]:
     return next((item for item in choices() if "given_up" not in item), None)
 
 
-def choose(setting: str, no_skip: bool) -> None:
-    """Record which SkipViT question 1 is about, before any of its runs."""
+def choose(setting: str, keep_ratio: Optional[float]) -> None:
+    """Record which SkipViT question 1 is about, and its ratio at test (None: as trained), before any of its runs."""
     before, chosen = choices(), current_choice()
     if chosen:
         raise UserError(f"{CHOSEN}: question 1 is about {chosen['setting']}; `give-up` that first")
     if setting not in SETTINGS or not SETTINGS[setting]["skip"]:
         raise UserError(f"{setting}: is no setting with skipping; there are {', '.join(SETTINGS)}")
+    if keep_ratio is not None and not 0 < keep_ratio <= 1:
+        raise UserError(f"--keep-ratio: {keep_ratio:g}; give a share above 0 and up to 1, which is all tokens")
     first = FIRST_PAIRED_SEED + PAIRS * len(before)
     chosen = {
         "setting": setting,
         "recipe": SETTINGS[setting],
-        "tested_without_skipping": no_skip,
+        "tested_keep_ratio": keep_ratio,
         **MANY_PASSES._asdict(),
         "seeds": list(range(first, first + PAIRS)),
         "date": datetime.date.today().isoformat(),
@@ -540,20 +545,24 @@ def settings_table(length: Length) -> str:
         if not seeds:
             continue
         ours, dense = ([known[key, seed] for seed in seeds] for key in (name, "dense"))
-        tops = [[item.get(key, item["top1"]) for item in ours] for key in ("top1", "top1_skip", "top1_no_skip")]
+        as_tested = (
+            [item.get("top1_skip", item["top1"]) for item in ours],
+            *([item.get(key) for item in ours] for key in ("top1_more", "top1_no_skip")),
+        )
         differences = [item["top1"] - other["top1"] for item, other in zip(ours, dense)]
         rows.append(
             [
                 f"[`{name}`](results/study/{Run(name, *length, seeds[0]).name}.json)",
                 describe(SETTINGS[name]),
                 *costs(ours[0], dense[0]),
-                f"{np.mean(tops[0]):.2f}",
+                f"{np.mean([item['top1'] for item in ours]):.2f}",
                 interval(differences) if name != "dense" else "",
-                *(f"{np.mean(top):.2f}" if SETTINGS[name]["skip"] else "" for top in tops[1:]),
+                *(f"{np.mean(top1):.2f}" if SETTINGS[name]["skip"] and None not in top1 else "" for top1 in as_tested),
                 str(len(seeds)),
             ]
         )
-    header = ["setting", "", "FLOPs", "time", "Top-1", "less dense", "with skipping", "without", "seeds"]
+    tests = ["with skipping", f"{MORE_AT_TEST:g} more kept", "without"]
+    header = ["setting", "", "FLOPs", "time", "Top-1", "less dense", *tests, "seeds"]
     return table(header, rows) if rows else "No run yet."
 
 
@@ -631,7 +640,8 @@ def choice_in_words() -> str:
     """What was chosen for question 1, and when, and what was given up."""
     parts = []
     for item in choices():
-        tested = "all tokens" if item["tested_without_skipping"] else "skipping as trained"
+        kept = item["tested_keep_ratio"]
+        tested = f"{kept:.0%} of the tokens kept" if kept else "skipping as trained"
         seeds = f"seeds {item['seeds'][0]} to {item['seeds'][-1]}"
         parts.append(
             f"Chosen on {item['date']} by the held-out images: `{item['setting']}` ({describe(item['recipe'])}), "
@@ -780,7 +790,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument("--limit", type=int, help="make at most so many runs")
     jobs = len(os.sched_getaffinity(0))
     parser.add_argument("--jobs", type=int, default=jobs, help="runs at a time (default: as many as there are cores)")
-    parser.add_argument("--no-skip", action="store_true", help="for choose: it is to be tested on all tokens")
+    parser.add_argument("--keep-ratio", type=float, help="for choose: what it keeps at test (default: as trained)")
     arguments = parser.parse_args(argv)
     needed = {"prepare": ("work", "cifar10"), "run": ("work",), "choose": ("what",), "give-up": ("what",)}
     for name in needed.get(arguments.command, ()):
@@ -800,7 +810,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     elif arguments.command == "time":
         measure(groups_of=4, warmup=8, steps=12)
     elif arguments.command == "choose":
-        choose(arguments.what, arguments.no_skip)
+        choose(arguments.what, arguments.keep_ratio)
     elif arguments.command == "give-up":
         give_up(arguments.what)
     else:

@@ -87,7 +87,7 @@ def test_the_most_informative_runs_come_first_and_seeds_interleave(place):
     assert [run.seed for run in runs[:24]] == [seed for seed in (0, 1, 2) for _ in range(8)]
     assert study.runs_of("1") == []
     assert all(run.epochs < 48 for run in study.runs_of("3")), "before the choice"
-    study.choose("corner", no_skip=True)
+    study.choose("corner", keep_ratio=1.0)
     runs = study.runs_of("1")
     assert len(runs) == 20
     assert [(run.setting, run.seed) for run in runs[:4]] == [
@@ -106,9 +106,9 @@ def test_the_most_informative_runs_come_first_and_seeds_interleave(place):
 def test_what_was_chosen_stays_or_is_given_up_with_a_reason(place):
     with pytest.raises(UserError, match="no choice to give up"):
         study.give_up("why not")
-    study.choose("corner", no_skip=False)
+    study.choose("corner", keep_ratio=None)
     with pytest.raises(UserError, match="question 1 is about corner; `give-up` that first"):
-        study.choose("paper", no_skip=False)
+        study.choose("paper", keep_ratio=None)
     for name, top1 in (("dense", 60.0), ("corner", 55.0)):
         record(study.Run(name, *study.MANY_PASSES, 100), top1, test_top1=99.0)
     assert "less dense" not in study.settings_table(study.MANY_PASSES), (
@@ -119,7 +119,7 @@ def test_what_was_chosen_stays_or_is_given_up_with_a_reason(place):
     assert f"{given_up} Nothing is chosen for question 1 now.\n" in study.README.read_text()
     assert study.runs_of("1") == []
     assert "| -5.00 |" in study.README.read_text()
-    study.choose("paper", no_skip=False)
+    study.choose("paper", keep_ratio=None)
     assert {run.seed for run in study.runs_of("1")} == set(range(110, 120)), "seeds of its own"
     assert given_up in study.README.read_text()
     assert "Of 20 runs 0 are in" in study.README.read_text()
@@ -171,9 +171,9 @@ def test_a_run_is_recorded_from_what_the_commands_say(place, monkeypatch):
     found = json.loads(run.record.read_text())
     assert "test_top1" not in found
     assert not any(Path(argument).name == "test" for arguments in asked for argument in arguments)
-    assert (found["top1"], found["top1_no_skip"], found["top1_skip"]) == (30.0, 42.0, 43.0)
+    assert (found["top1"], found["top1_no_skip"], found["top1_more"], found["top1_skip"]) == (30.0, 42.0, 43.0, 44.0)
     assert asked[1][-1] == "--no-skip"
-    assert asked[2][-2:] == ["--keep-ratio", "0.25"]  # it ends on all tokens
+    assert asked[3][-2:] == ["--keep-ratio", "0.25"]  # it ends on all tokens
     assert found["curve"] == [[2.0, 10.0], [4.0, 20.0], [6.0, 30.0]]
     assert found["losses"][:2] == [4.5, 14.5]
     assert [steps for _, steps in found["steps"]] == [50, 10]
@@ -184,15 +184,15 @@ def test_differences_are_paired_by_seed_with_students_interval(place):
     dense, ours = [50.0, 52.0, 47.0], [50.5, 51.5, 48.5]
     for seed, (one, other) in enumerate(zip(dense, ours)):
         record(study.Run("dense", *study.HALF_OF_THEM, seed), one)
-        record(study.Run("paper", *study.HALF_OF_THEM, seed), other, top1_no_skip=other - 1)
+        record(study.Run("paper", *study.HALF_OF_THEM, seed), other, top1_no_skip=other - 1, top1_more=other + 1)
     record(study.Run("keep10", *study.HALF_OF_THEM, 0), 40.0, top1_no_skip=30.0)
     differences = np.subtract(ours, dense)
     low, high = stats.t.interval(0.95, 2, differences.mean(), differences.std(ddof=1) / np.sqrt(3))
     text = study.settings_table(study.HALF_OF_THEM)
     (row,) = [line for line in text.splitlines() if "`paper`" in line]
-    assert f"| 50.17 | +0.50 ({low:+.2f} to {high:+.2f}) | 50.17 | 49.17 | 3 |" in row
+    assert f"| 50.17 | +0.50 ({low:+.2f} to {high:+.2f}) | 50.17 | 51.17 | 49.17 | 3 |" in row
     (row,) = [line for line in text.splitlines() if "`keep10`" in line]
-    assert "| 40.00 | -10.00 | 40.00 | 30.00 | 1 |" in row
+    assert "| 40.00 | -10.00 | 40.00 |  | 30.00 | 1 |" in row
     shape = study.shape_of(study.Run("paper", *study.HALF_OF_THEM, 0).config())
     times = {
         "ratios": {shape: 0.6, study.shape_of(study.Run("dense", *study.HALF_OF_THEM, 0).config()): 1.0},
@@ -208,9 +208,15 @@ def test_differences_are_paired_by_seed_with_students_interval(place):
 
 def test_the_test_images_are_for_the_runs_of_what_was_chosen(place, monkeypatch):
     run = study.Run("corner", *study.MANY_PASSES, 100)
-    assert study.checks_of(run) == {"top1_no_skip": ("held_out", ["--no-skip"])}
-    study.choose("corner", no_skip=True)
-    assert study.checks_of(run)["test_top1"] == ("test", ["--no-skip"])
+    assert study.checks_of(run) == {
+        "top1_no_skip": ("held_out", ["--no-skip"]),
+        "top1_more": ("held_out", ["--keep-ratio", "0.35"]),
+    }
+    with pytest.raises(UserError, match=r"--keep-ratio: 1.5; give a share"):
+        study.choose("corner", keep_ratio=1.5)
+    study.choose("corner", keep_ratio=0.5)
+    assert study.checks_of(run)["test_top1"] == ("test", ["--keep-ratio", "0.5"])
+    assert "tested with 50% of the tokens kept, against dense" in study.LOG.read_text()
     assert study.checks_of(run._replace(setting="dense")) == {"test_top1": ("test", [])}
     for other in (run._replace(seed=0), run._replace(epochs=6), run._replace(setting="paper")):
         assert "test_top1" not in study.checks_of(other)
@@ -223,7 +229,7 @@ def test_the_test_images_are_for_the_runs_of_what_was_chosen(place, monkeypatch)
 
 def test_the_verdict_is_told_when_all_of_its_runs_are_in(place):
     assert study.verdict_in_words() == "Nothing is chosen for question 1 now."
-    study.choose("corner", no_skip=False)
+    study.choose("corner", keep_ratio=None)
     runs = study.runs_of("1")
     for number, run in enumerate(runs[:-1]):
         record(run, 50.0, test_top1=60.0 + 0.1 * number - 0.5 * (run.setting == "corner"))
