@@ -168,7 +168,7 @@ OTHERS = ("evit", "tread")
 # Question 2's, the most informative first: length, seeds, and settings, all of which run on one seed before the next.
 TIERS = (
     (HALF_OF_THEM, SEEDS, "dense paper corner keep25 start1 random corner_random corner_full_end"),
-    (MANY_PASSES, SEEDS, "dense random paper random25_full_end middle25 middle25_random"),
+    (MANY_PASSES, SEEDS, "dense random paper random25_full_end middle25 middle25_random random25"),
     (
         FEW_PASSES,
         (100, 101, 102),  # those of question 1's first choice, which was given up
