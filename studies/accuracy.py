@@ -4,12 +4,12 @@
   python studies/accuracy.py plan [--question Q]                            every run, and which are done
   python studies/accuracy.py run --work WORK [--question Q] [--limit N]     the next missing runs, one on each core
   python studies/accuracy.py time                                           step times of all runs' shapes, interleaved
-  python studies/accuracy.py choose SETTING                                 which SkipViT question 1 is about
+  python studies/accuracy.py choose SETTING[@KEEP] ...                      what question 1 is about, and keeps at test
   python studies/accuracy.py give-up REASON                                 the choice, before its runs have ended
   python studies/accuracy.py tables                                         tables and pictures in README and docs
 
 Question 2 tries settings at half the epochs, what lost least there at all of them, and on fewer images that are seen
-more often, at the same cost; there question 1 sets the chosen one against dense on paired seeds, question 3 holds Top-1
+more often, at the same cost; there question 1 sets what was chosen against dense on paired seeds, question 3 holds Top-1
 against cost, and `clutter` shows what each score keeps of the object. A run that was stopped goes on where it stopped;
 what is done is in `results/study`, one JSON a run, and is not run again. WORK, outside the repository, holds images and
 the runs' folders. Settings are compared on held-out images. The test images are for the runs of question 1 alone, which
@@ -237,7 +237,8 @@ def runs_of(question: str) -> list[Run]:
     if question == "clutter":
         return [Run(score, 0, CLUTTER_EPOCHS, seed) for seed in SEEDS for score in CLUTTER_SCORES]
     chosen = current_choice()
-    names, paired_seeds = ([chosen["setting"]], chosen["seeds"]) if chosen else ([], [])
+    names = [item["setting"] for item in chosen["settings"]] if chosen else []
+    paired_seeds = chosen["seeds"] if chosen else []
     if question == "1":
         return [Run(name, *MANY_PASSES, seed) for seed in paired_seeds for name in ("dense", *names)]
     methods = ("dense", *OTHERS, *names)
@@ -306,8 +307,8 @@ def checks_of(run: Run) -> dict[str, tuple[str, list[str]]]:
             checks["top1_skip"] = ("held_out", ["--keep-ratio", str(spans[0].keep_ratio)])
     chosen = current_choice()
     if chosen and run in runs_of("1"):
-        tested_at = chosen["tested_keep_ratio"] if spans else None
-        checks["test_top1"] = ("test", ["--keep-ratio", str(tested_at)] if tested_at else [])
+        kept = {item["setting"]: item["tested_keep_ratio"] for item in chosen["settings"]}.get(run.setting)
+        checks["test_top1"] = ("test", ["--keep-ratio", str(kept)] if kept else [])
     return checks
 
 
@@ -467,20 +468,27 @@ def current_choice() -> Optional[dict[str, Any]]:
     return next((item for item in choices() if "given_up" not in item), None)
 
 
-def choose(setting: str, keep_ratio: Optional[float]) -> None:
-    """Record which SkipViT question 1 is about, and its ratio at test (None: as trained), before any of its runs."""
+def choose(names: Sequence[str]) -> None:
+    """Record which settings question 1 holds against dense, before any of its runs; as SETTING@RATIO if tested so."""
     before, chosen = choices(), current_choice()
     if chosen:
-        raise UserError(f"{CHOSEN}: question 1 is about {chosen['setting']}; `give-up` that first")
-    if setting not in SETTINGS or not SETTINGS[setting]["skip"]:
-        raise UserError(f"{setting}: is no setting with skipping; there are {', '.join(SETTINGS)}")
-    if keep_ratio is not None and not 0 < keep_ratio <= 1:
-        raise UserError(f"--keep-ratio: {keep_ratio:g}; give a share above 0 and up to 1, which is all tokens")
+        raise UserError(f"{CHOSEN}: question 1 is about {names_of(chosen)}; `give-up` that first")
+    settings = []
+    for name, _, kept in (text.partition("@") for text in names):
+        if name not in SETTINGS or not SETTINGS[name]["skip"]:
+            raise UserError(f"{name}: is no setting with skipping; there are {', '.join(SETTINGS)}")
+        try:
+            keep_ratio = float(kept) if kept else None
+        except ValueError:
+            keep_ratio = -1.0
+        if keep_ratio is not None and not 0 < keep_ratio <= 1:
+            raise UserError(f"{name}@{kept}: give a share above 0 and up to 1, which is all tokens, as {name}@0.5")
+        settings.append({"setting": name, "recipe": SETTINGS[name], "tested_keep_ratio": keep_ratio})
+    if len({item["setting"] for item in settings}) < len(settings):
+        raise UserError(f"{' '.join(names)}: names a setting twice; each is tested in one way")
     first = FIRST_PAIRED_SEED + PAIRS * len(before)
     chosen = {
-        "setting": setting,
-        "recipe": SETTINGS[setting],
-        "tested_keep_ratio": keep_ratio,
+        "settings": settings,
         **MANY_PASSES._asdict(),
         "seeds": list(range(first, first + PAIRS)),
         "date": datetime.date.today().isoformat(),
@@ -489,13 +497,18 @@ def choose(setting: str, keep_ratio: Optional[float]) -> None:
     tables()
 
 
+def names_of(chosen: dict[str, Any]) -> str:
+    """The settings of a choice."""
+    return " and ".join(item["setting"] for item in chosen["settings"])
+
+
 def give_up(reason: str) -> None:
     """Record why question 1 is about what was chosen no longer, which its whole answer would rule out."""
     items = choices()
     if not current_choice():
         raise UserError(f"{CHOSEN}: there is no choice to give up")
     if all(run.record.exists() for run in runs_of("1")):
-        raise UserError(f"{CHOSEN}: question 1 is answered, about {items[-1]['setting']}; that stays")
+        raise UserError(f"{CHOSEN}: question 1 is answered, about {names_of(items[-1])}; that stays")
     items[-1]["given_up"] = reason
     write(CHOSEN, (json.dumps(items, indent=1) + "\n").encode())
     tables()
@@ -622,17 +635,26 @@ def verdict_in_words() -> str:
     done = sum(run.record.exists() for run in runs)
     if done < len(runs):
         return f"{choice_in_words()} Of {len(runs)} runs {done} are in; what they saw is told when all are."
-    pairs = [[known[run] for run in runs if run.seed == seed] for seed in chosen["seeds"]]
-    tops = np.array([[record["test_top1"] for record in pair] for pair in pairs])
+    names = [item["setting"] for item in chosen["settings"]]
+    of_seeds = [[known[run] for run in runs if run.seed == seed] for seed in chosen["seeds"]]  # dense is the first
+    tops = np.array([[record["test_top1"] for record in records_of_seed] for records_of_seed in of_seeds])
+    differences = tops[:, 1:] - tops[:, :1]
     rows = [
-        [str(seed), f"{dense:.2f}", f"{ours:.2f}", f"{ours - dense:+.2f}"]
-        for seed, (dense, ours) in zip(chosen["seeds"], tops)
+        [str(seed), f"{of_seed[0]:.2f}"]
+        + [text for pair in zip(of_seed[1:], less) for text in (f"{pair[0]:.2f}", f"{pair[1]:+.2f}")]
+        for seed, of_seed, less in zip(chosen["seeds"], tops, differences)
     ]
-    rows.append(["mean", *(f"{top1:.2f}" for top1 in tops.mean(0)), interval(tops[:, 1] - tops[:, 0])])
-    flops, time_share = costs(pairs[0][1], pairs[0][0])
+    means = [text for top1, less in zip(tops.T[1:], differences.T) for text in (f"{top1.mean():.2f}", interval(less))]
+    rows.append(["mean", f"{tops[:, 0].mean():.2f}", *means])
+    spent = [costs(record, of_seeds[0][0]) for record in of_seeds[0][1:]]
+    in_words = [
+        f"`{name}` {flops} of the FLOPs, {time or 'not measured'} of the time"
+        for name, (flops, time) in zip(names, spent)
+    ]
+    header = ["seed", "dense", *(text for name in names for text in (f"`{name}`", "difference"))]
     return (
-        f"{choice_in_words()} Test images: all 10,000; with the 95% interval. Training cost of dense: {flops} of the "
-        f"FLOPs, {time_share} of the time.\n\n" + table(["seed", "dense", f"`{chosen['setting']}`", "difference"], rows)
+        f"{choice_in_words()} Test images: all 10,000; with the 95% interval. Training cost of dense: "
+        f"{'; '.join(in_words)}.\n\n{table(header, rows)}"
     )
 
 
@@ -640,12 +662,14 @@ def choice_in_words() -> str:
     """What was chosen for question 1, and when, and what was given up."""
     parts = []
     for item in choices():
-        kept = item["tested_keep_ratio"]
-        tested = f"{kept:.0%} of the tokens kept" if kept else "skipping as trained"
-        seeds = f"seeds {item['seeds'][0]} to {item['seeds'][-1]}"
+        settings = []
+        for one in item["settings"]:
+            kept = one["tested_keep_ratio"]
+            tested = f"{kept:.0%} of the tokens kept" if kept else "skipping as trained"
+            settings.append(f"`{one['setting']}` ({describe(one['recipe'])}), tested with {tested}")
         parts.append(
-            f"Chosen on {item['date']} by the held-out images: `{item['setting']}` ({describe(item['recipe'])}), "
-            f"{item['epochs']} epochs of {item['images']:,} images, {seeds}, tested with {tested}, against dense."
+            f"Chosen on {item['date']} by the held-out images: {'; '.join(settings)}; against dense, {item['epochs']} "
+            f"epochs of {item['images']:,} images, seeds {item['seeds'][0]} to {item['seeds'][-1]}."
             + (f" Given up: {item['given_up']}." if "given_up" in item else "")
         )
     if not current_choice():
@@ -783,18 +807,17 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """See the module."""
     parser = Parser(prog="studies/accuracy.py", description=__doc__)
     parser.add_argument("command", choices=("prepare", "plan", "run", "time", "choose", "give-up", "tables"))
-    parser.add_argument("what", nargs="?", help=f"for give-up: why; for choose: one of {', '.join(SETTINGS)}")
+    parser.add_argument("what", nargs="*", help=f"for give-up: why; for choose: of {', '.join(SETTINGS)}")
     parser.add_argument("--work", type=Path, help="folder of images and runs, outside the repository")
     parser.add_argument("--cifar10", type=Path, help="tar file of cifar10/{train,test}/<class>/<n>.jpg")
     parser.add_argument("--question", choices=QUESTIONS, help="none: 2, clutter, 1, 3")
     parser.add_argument("--limit", type=int, help="make at most so many runs")
     jobs = len(os.sched_getaffinity(0))
     parser.add_argument("--jobs", type=int, default=jobs, help="runs at a time (default: as many as there are cores)")
-    parser.add_argument("--keep-ratio", type=float, help="for choose: what it keeps at test (default: as trained)")
     arguments = parser.parse_args(argv)
     needed = {"prepare": ("work", "cifar10"), "run": ("work",), "choose": ("what",), "give-up": ("what",)}
     for name in needed.get(arguments.command, ()):
-        if getattr(arguments, name) is None:
+        if not getattr(arguments, name):
             missing = f"--{name}" if name != "what" else "a setting" if arguments.command == "choose" else "a reason"
             raise UserError(f"{arguments.command}: needs {missing}; see --help")
     if arguments.work is not None:
@@ -810,9 +833,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     elif arguments.command == "time":
         measure(groups_of=4, warmup=8, steps=12)
     elif arguments.command == "choose":
-        choose(arguments.what, arguments.keep_ratio)
+        choose(arguments.what)
     elif arguments.command == "give-up":
-        give_up(arguments.what)
+        give_up(" ".join(arguments.what))
     else:
         tables()
 

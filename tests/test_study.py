@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import tarfile
 import threading
 from pathlib import Path
@@ -87,7 +88,7 @@ def test_the_most_informative_runs_come_first_and_seeds_interleave(place):
     assert [run.seed for run in runs[:24]] == [seed for seed in (0, 1, 2) for _ in range(8)]
     assert study.runs_of("1") == []
     assert all(run.epochs < 48 for run in study.runs_of("3")), "before the choice"
-    study.choose("corner", keep_ratio=1.0)
+    study.choose(["corner@1"])
     runs = study.runs_of("1")
     assert len(runs) == 20
     assert [(run.setting, run.seed) for run in runs[:4]] == [
@@ -106,20 +107,20 @@ def test_the_most_informative_runs_come_first_and_seeds_interleave(place):
 def test_what_was_chosen_stays_or_is_given_up_with_a_reason(place):
     with pytest.raises(UserError, match="no choice to give up"):
         study.give_up("why not")
-    study.choose("corner", keep_ratio=None)
+    study.choose(["corner"])
     with pytest.raises(UserError, match="question 1 is about corner; `give-up` that first"):
-        study.choose("paper", keep_ratio=None)
+        study.choose(["paper"])
     for name, top1 in (("dense", 60.0), ("corner", 55.0)):
         record(study.Run(name, *study.MANY_PASSES, 100), top1, test_top1=99.0)
     assert "less dense" not in study.settings_table(study.MANY_PASSES), (
         "question 1's runs are told in its verdict alone"
     )
     study.give_up("it loses 5 points")
-    given_up = "seeds 100 to 109, tested with skipping as trained, against dense. Given up: it loses 5 points."
+    given_up = "48 epochs of 2,500 images, seeds 100 to 109. Given up: it loses 5 points."
     assert f"{given_up} Nothing is chosen for question 1 now.\n" in study.README.read_text()
     assert study.runs_of("1") == []
     assert "| -5.00 |" in study.README.read_text()
-    study.choose("paper", keep_ratio=None)
+    study.choose(["paper"])
     assert {run.seed for run in study.runs_of("1")} == set(range(110, 120)), "seeds of its own"
     assert given_up in study.README.read_text()
     assert "Of 20 runs 0 are in" in study.README.read_text()
@@ -212,11 +213,17 @@ def test_the_test_images_are_for_the_runs_of_what_was_chosen(place, monkeypatch)
         "top1_no_skip": ("held_out", ["--no-skip"]),
         "top1_more": ("held_out", ["--keep-ratio", "0.35"]),
     }
-    with pytest.raises(UserError, match=r"--keep-ratio: 1.5; give a share"):
-        study.choose("corner", keep_ratio=1.5)
-    study.choose("corner", keep_ratio=0.5)
+    for names, message in (
+        (["dense"], "dense: is no setting with skipping"),
+        (["corner@1.5"], r"corner@1.5: give a share above 0"),
+        (["corner@half"], r"corner@half: give a share above 0"),
+        (["corner", "corner@0.5"], "names a setting twice"),
+    ):
+        with pytest.raises(UserError, match=message):
+            study.choose(names)
+    study.choose(["corner@0.5"])
     assert study.checks_of(run)["test_top1"] == ("test", ["--keep-ratio", "0.5"])
-    assert "tested with 50% of the tokens kept, against dense" in study.LOG.read_text()
+    assert "tested with 50% of the tokens kept; against dense" in study.LOG.read_text()
     assert study.checks_of(run._replace(setting="dense")) == {"test_top1": ("test", [])}
     for other in (run._replace(seed=0), run._replace(epochs=6), run._replace(setting="paper")):
         assert "test_top1" not in study.checks_of(other)
@@ -229,19 +236,24 @@ def test_the_test_images_are_for_the_runs_of_what_was_chosen(place, monkeypatch)
 
 def test_the_verdict_is_told_when_all_of_its_runs_are_in(place):
     assert study.verdict_in_words() == "Nothing is chosen for question 1 now."
-    study.choose("corner", keep_ratio=None)
+    study.choose(["corner", "keep10@0.5"])
     runs = study.runs_of("1")
-    for number, run in enumerate(runs[:-1]):
-        record(run, 50.0, test_top1=60.0 + 0.1 * number - 0.5 * (run.setting == "corner"))
+    assert [run.setting for run in runs[:3]] == ["dense", "corner", "keep10"]
+    less = {"dense": 0.0, "corner": -0.5, "keep10": -2.0}
+    for run in runs[:-1]:
+        record(run, 50.0, test_top1=60.0 + 0.1 * (run.seed - 100) + less[run.setting])
     study.tables()
     readme = study.README.read_text()
-    assert "Of 20 runs 19 are in" in readme
+    assert "Of 30 runs 29 are in" in readme
     assert "60." not in readme
-    record(runs[-1], 50.0, test_top1=60.0 + 1.9 - 0.5)
+    record(runs[-1], 50.0, test_top1=60.9 - 2.0)
     study.tables()
     readme = study.README.read_text()
-    assert "| 100 | 60.00 | 59.60 | -0.40 |" in readme
-    assert "| mean | 60.90 | 60.50 | -0.40 (-0.40 to -0.40) |" in readme
+    assert "| 100 | 60.00 | 59.50 | -0.50 | 58.00 | -2.00 |" in readme
+    assert "| mean | 60.45 | 59.95 | -0.50 (-0.50 to -0.50) | 58.45 | -2.00 (-2.00 to -2.00) |" in readme
+    assert re.search(r"`corner` 0\.\d\d of the FLOPs, not measured of the time; `keep10` 0\.\d\d of", readme), (
+        "not timed yet"
+    )
     assert readme.startswith("before\n")
     assert readme.endswith("after\n")
 
