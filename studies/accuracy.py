@@ -9,7 +9,7 @@
   python studies/accuracy.py tables                                         tables and pictures in README and docs
 
 Question 2 tries settings at half the epochs, what lost least there at all of them, and on fewer images that are seen
-more often, at the same cost; there question 1 sets what was chosen against dense on paired seeds, question 3 holds Top-1
+more often, at the same cost; there question 1 sets what was chosen against dense on paired seeds, question 3 Top-1
 against cost, and `clutter` shows what each score keeps of the object. A run that was stopped goes on where it stopped;
 what is done is in `results/study`, one JSON a run, and is not run again. WORK, outside the repository, holds images and
 the runs' folders. Settings are compared on held-out images. The test images are for the runs of question 1 alone, which
