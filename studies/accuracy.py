@@ -469,32 +469,38 @@ def current_choice() -> Optional[dict[str, Any]]:
 
 
 def choose(names: Sequence[str]) -> None:
-    """Record which settings question 1 holds against dense, before any of its runs; as SETTING@RATIO if tested so."""
-    before, chosen = choices(), current_choice()
-    if chosen:
-        raise UserError(f"{CHOSEN}: question 1 is about {names_of(chosen)}; `give-up` that first")
-    settings = []
+    """Record settings that question 1 holds against dense, before any of their runs; as SETTING@RATIO if tested so.
+
+    While its answer is not told, others may join them, on the same seeds: they share dense's runs.
+    """
+    items, chosen = choices(), current_choice()
+    if chosen and answered():
+        raise UserError(f"{CHOSEN}: question 1 is answered, about {names_of(chosen)}; that stays")
+    if chosen is None:
+        first = FIRST_PAIRED_SEED + PAIRS * len(items)
+        chosen = {"settings": [], **MANY_PASSES._asdict(), "seeds": list(range(first, first + PAIRS))}
+        items.append(chosen)
+    settings = items[-1]["settings"]
     for name, _, kept in (text.partition("@") for text in names):
         if name not in SETTINGS or not SETTINGS[name]["skip"]:
             raise UserError(f"{name}: is no setting with skipping; there are {', '.join(SETTINGS)}")
+        if name in {item["setting"] for item in settings}:
+            raise UserError(f"{name}: is chosen already, and each is tested in one way")
         try:
             keep_ratio = float(kept) if kept else None
         except ValueError:
             keep_ratio = -1.0
         if keep_ratio is not None and not 0 < keep_ratio <= 1:
             raise UserError(f"{name}@{kept}: give a share above 0 and up to 1, which is all tokens, as {name}@0.5")
-        settings.append({"setting": name, "recipe": SETTINGS[name], "tested_keep_ratio": keep_ratio})
-    if len({item["setting"] for item in settings}) < len(settings):
-        raise UserError(f"{' '.join(names)}: names a setting twice; each is tested in one way")
-    first = FIRST_PAIRED_SEED + PAIRS * len(before)
-    chosen = {
-        "settings": settings,
-        **MANY_PASSES._asdict(),
-        "seeds": list(range(first, first + PAIRS)),
-        "date": datetime.date.today().isoformat(),
-    }
-    write(CHOSEN, (json.dumps([*before, chosen], indent=1) + "\n").encode())
+        date = datetime.date.today().isoformat()
+        settings.append({"setting": name, "recipe": SETTINGS[name], "tested_keep_ratio": keep_ratio, "date": date})
+    write(CHOSEN, (json.dumps(items, indent=1) + "\n").encode())
     tables()
+
+
+def answered() -> bool:
+    """Whether all of question 1's runs are in."""
+    return all(run.record.exists() for run in runs_of("1"))
 
 
 def names_of(chosen: dict[str, Any]) -> str:
@@ -507,7 +513,7 @@ def give_up(reason: str) -> None:
     items = choices()
     if not current_choice():
         raise UserError(f"{CHOSEN}: there is no choice to give up")
-    if all(run.record.exists() for run in runs_of("1")):
+    if answered():
         raise UserError(f"{CHOSEN}: question 1 is answered, about {names_of(items[-1])}; that stays")
     items[-1]["given_up"] = reason
     write(CHOSEN, (json.dumps(items, indent=1) + "\n").encode())
@@ -666,9 +672,9 @@ def choice_in_words() -> str:
         for one in item["settings"]:
             kept = one["tested_keep_ratio"]
             tested = f"{kept:.0%} of the tokens kept" if kept else "skipping as trained"
-            settings.append(f"`{one['setting']}` ({describe(one['recipe'])}), tested with {tested}")
+            settings.append(f"on {one['date']} `{one['setting']}` ({describe(one['recipe'])}), tested with {tested}")
         parts.append(
-            f"Chosen on {item['date']} by the held-out images: {'; '.join(settings)}; against dense, {item['epochs']} "
+            f"Chosen by the held-out images: {'; '.join(settings)}; against dense, {item['epochs']} "
             f"epochs of {item['images']:,} images, seeds {item['seeds'][0]} to {item['seeds'][-1]}."
             + (f" Given up: {item['given_up']}." if "given_up" in item else "")
         )

@@ -108,8 +108,14 @@ def test_what_was_chosen_stays_or_is_given_up_with_a_reason(place):
     with pytest.raises(UserError, match="no choice to give up"):
         study.give_up("why not")
     study.choose(["corner"])
-    with pytest.raises(UserError, match="question 1 is about corner; `give-up` that first"):
-        study.choose(["paper"])
+    with pytest.raises(UserError, match="corner: is chosen already"):
+        study.choose(["corner@0.5"])
+    with pytest.raises(UserError, match="dense: is no setting with skipping"):
+        study.choose(["keep10", "dense"])
+    assert len(study.runs_of("1")) == 20, "nothing of a refused choice is taken"
+    study.choose(["keep10"])
+    assert len(study.runs_of("1")) == 30
+    assert {run.seed for run in study.runs_of("1")} == set(range(100, 110)), "dense's runs are shared"
     for name, top1 in (("dense", 60.0), ("corner", 55.0)):
         record(study.Run(name, *study.MANY_PASSES, 100), top1, test_top1=99.0)
     assert "less dense" not in study.settings_table(study.MANY_PASSES), (
@@ -128,6 +134,8 @@ def test_what_was_chosen_stays_or_is_given_up_with_a_reason(place):
         record(run, 50.0, test_top1=60.0)
     with pytest.raises(UserError, match="question 1 is answered, about paper; that stays"):
         study.give_up("the answer does not please")
+    with pytest.raises(UserError, match="question 1 is answered, about paper; that stays"):
+        study.choose(["corner"])
     assert "99.0" not in study.README.read_text() + study.LOG.read_text()
 
 
@@ -217,7 +225,7 @@ def test_the_test_images_are_for_the_runs_of_what_was_chosen(place, monkeypatch)
         (["dense"], "dense: is no setting with skipping"),
         (["corner@1.5"], r"corner@1.5: give a share above 0"),
         (["corner@half"], r"corner@half: give a share above 0"),
-        (["corner", "corner@0.5"], "names a setting twice"),
+        (["corner", "corner@0.5"], "corner: is chosen already"),
     ):
         with pytest.raises(UserError, match=message):
             study.choose(names)
