@@ -23,6 +23,7 @@ import datetime
 import json
 import os
 import queue
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -47,6 +48,7 @@ from skipvit.log import Parser, run_command, write_whole
 
 HELD_OUT_A_CLASS = 500  # of 5,000 training images a class: to choose by
 CLASSES = 10
+TEST_IMAGES = 10_000
 SEEDS = (0, 1, 2)
 FIRST_PAIRED_SEED, PAIRS = 100, 10  # of question 1: each choice has the next ten seeds
 
@@ -248,7 +250,7 @@ def runs_of(question: str) -> list[Run]:
     paired_seeds = chosen["seeds"] if chosen else []
     if question == "1":
         return [Run(name, *MANY_PASSES, seed) for seed in paired_seeds for name in ("dense", *names)]
-    methods = ("dense", *OTHERS, *names)
+    methods = dict.fromkeys(("dense", *OTHERS, *names))
     seeds = {length: SEEDS for length in COST_LENGTHS if length != MANY_PASSES}
     if chosen:
         seeds[MANY_PASSES] = paired_seeds  # the longest share question 1's runs, and wait for the choice as those do
@@ -308,8 +310,9 @@ def checks_of(run: Run) -> dict[str, tuple[str, list[str]]]:
     spans = run.config().skip
     if spans:
         checks["top1_no_skip"] = ("held_out", ["--no-skip"])
-        if len(spans) == 1:
-            checks["top1_more"] = ("held_out", ["--keep-ratio", f"{spans[0].keep_ratio + MORE_AT_TEST:g}"])
+        more = more_at_test(SETTINGS[run.setting])
+        if more:
+            checks["top1_more"] = ("held_out", ["--keep-ratio", more])
         if run.config().of_phase(-1).skip != spans:  # it ends on all tokens
             checks["top1_skip"] = ("held_out", ["--keep-ratio", str(spans[0].keep_ratio)])
     chosen = current_choice()
@@ -317,6 +320,12 @@ def checks_of(run: Run) -> dict[str, tuple[str, list[str]]]:
         kept = {item["setting"]: item["tested_keep_ratio"] for item in chosen["settings"]}.get(run.setting)
         checks["test_top1"] = ("test", ["--keep-ratio", str(kept)] if kept else [])
     return checks
+
+
+def more_at_test(setting: dict[str, Any]) -> Optional[str]:
+    """The greater share of the tokens that a setting is also tested with; None for one of several spans."""
+    skip = setting["skip"]
+    return f"{skip['keep_ratio'] + MORE_AT_TEST:g}" if isinstance(skip, dict) else None
 
 
 def command(arguments: Sequence[str], work: Path, log: Optional[Path] = None) -> dict[str, Any]:
@@ -437,12 +446,21 @@ def prepare(archive: Path, work: Path) -> None:
     for images in (FEW_PASSES.images, MANY_PASSES.images):
         parts[f"train_{images}"] = (HELD_OUT_A_CLASS, HELD_OUT_A_CLASS + images // CLASSES)
     unfinished = work / ".cifar10.tmp"
+    shutil.rmtree(unfinished, ignore_errors=True)
     for part, name, content in images_in(archive, "train"):
         for folder, (first, end) in parts.items():
             if first <= int(Path(name).stem) < end:
                 write(unfinished / folder / part / name, content)
     for part, name, content in images_in(archive, "test"):
         write(unfinished / "test" / part / name, content)
+    wanted = {folder: (end - first) * CLASSES for folder, (first, end) in parts.items()}
+    for folder, images in {**wanted, "test": TEST_IMAGES}.items():
+        found = sum(1 for _ in (unfinished / folder).glob("*/*"))
+        if found != images:
+            raise UserError(
+                f"--cifar10: {archive} gives {found} images for {folder}, which has {images}; "
+                "they are read from cifar10/{train,test}/<class>/<n>.jpg, 10 classes, numbered from 0"
+            )
     unfinished.rename(target)
 
 
@@ -453,7 +471,7 @@ def images_in(archive: Path, split: str) -> Iterator[tuple[str, str, bytes]]:
             for member in tar:
                 place = Path(member.name).parts
                 content = tar.extractfile(member)
-                if len(place) == 4 and place[1] == split and content is not None:
+                if len(place) == 4 and place[1] == split and Path(place[3]).stem.isdecimal() and content is not None:
                     yield place[2], place[3], content.read()
     except (OSError, tarfile.TarError) as error:
         raise UserError(f"--cifar10: {archive} cannot be read as a tar file: {error}") from None
@@ -493,12 +511,13 @@ def choose(names: Sequence[str]) -> None:
             raise UserError(f"{name}: is no setting with skipping; there are {', '.join(SETTINGS)}")
         if name in {item["setting"] for item in settings}:
             raise UserError(f"{name}: is chosen already, and each is tested in one way")
-        try:
-            keep_ratio = float(kept) if kept else None
-        except ValueError:
-            keep_ratio = -1.0
-        if keep_ratio is not None and not 0 < keep_ratio <= 1:
-            raise UserError(f"{name}@{kept}: give a share above 0 and up to 1, which is all tokens, as {name}@0.5")
+        if any(Run(name, *MANY_PASSES, seed).record.exists() for seed in chosen["seeds"]):
+            raise UserError(f"{name}: has runs on question 1's seeds already, which did not look at the test images")
+        ratios = [ratio for ratio in (more_at_test(SETTINGS[name]), "1") if ratio]
+        if kept and kept not in ratios:
+            known = " or ".join([name, *(f"{name}@{ratio}" for ratio in ratios)])
+            raise UserError(f"{name}@{kept}: was not tried on held-out images; give {known}")
+        keep_ratio = float(kept) if kept else None
         date = datetime.date.today().isoformat()
         settings.append({"setting": name, "recipe": SETTINGS[name], "tested_keep_ratio": keep_ratio, "date": date})
     write(CHOSEN, (json.dumps(items, indent=1) + "\n").encode())
@@ -613,8 +632,11 @@ def describe(setting: dict[str, Any]) -> str:
 
 
 def meant_top1(item: dict[str, Any]) -> float:
-    """Held-out Top-1 as the setting is meant to be tested: TREAD's with all tokens, others as they were trained."""
-    return item["top1_no_skip"] if item["setting"] == "tread" else item["top1"]
+    """Held-out Top-1 as the setting is meant to be tested: TREAD's on all tokens, a chosen one's as chosen."""
+    chosen = current_choice()
+    kept = {one["setting"]: one["tested_keep_ratio"] for one in chosen["settings"]} if chosen else {}
+    ratio = {"tread": 1.0, **kept}.get(item["setting"])
+    return item["top1" if ratio is None else "top1_no_skip" if ratio == 1 else "top1_more"]
 
 
 def cost_points() -> dict[str, dict[float, list[float]]]:
@@ -725,7 +747,7 @@ def draw() -> None:
     """The two pictures, where there is something to draw."""
     points, curves = cost_points(), clutter_curves()
     if points:
-        figure, axes = picture("minutes of training steps, 2 CPU cores", "Top-1 on held-out images, %")
+        figure, axes = picture("minutes of training steps on one CPU core", "Top-1 on held-out images, %")
         for name, of_method in points.items():
             means = [float(np.mean(tops)) for tops in of_method.values()]
             below = [mean - min(tops) for mean, tops in zip(means, of_method.values())]

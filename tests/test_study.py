@@ -109,7 +109,7 @@ def test_what_was_chosen_stays_or_is_given_up_with_a_reason(place):
         study.give_up("why not")
     study.choose(["corner"])
     with pytest.raises(UserError, match="corner: is chosen already"):
-        study.choose(["corner@0.5"])
+        study.choose(["corner@1"])
     with pytest.raises(UserError, match="dense: is no setting with skipping"):
         study.choose(["keep10", "dense"])
     assert len(study.runs_of("1")) == 20, "nothing of a refused choice is taken"
@@ -142,6 +142,7 @@ def test_what_was_chosen_stays_or_is_given_up_with_a_reason(place):
 def test_held_out_images_are_none_of_the_training_images(place, archive, monkeypatch):
     monkeypatch.setattr(study, "HELD_OUT_A_CLASS", 2)
     monkeypatch.setattr(study, "CLASSES", 2)
+    monkeypatch.setattr(study, "TEST_IMAGES", 4)
     monkeypatch.setattr(study, "FEW_PASSES", study.Length(8, 1))
     monkeypatch.setattr(study, "MANY_PASSES", study.Length(2, 4))
     study.prepare(archive, place / "work")
@@ -156,6 +157,13 @@ def test_held_out_images_are_none_of_the_training_images(place, archive, monkeyp
     } | {f"test/{name}/{n:04d}.jpg": f"cifar10/test/{name}/{n:04d}.jpg" for name in ("crow", "owl") for n in (0, 1)}
     with pytest.raises(UserError, match="is there already"):
         study.prepare(archive, place / "work")
+    monkeypatch.setattr(study, "FEW_PASSES", study.Length(20, 1))
+    with pytest.raises(UserError, match="gives 12 images for train_20, which has 20"):
+        study.prepare(archive, place / "elsewhere")
+    with tarfile.open(place / "official.tar.gz", "w:gz") as tar:
+        tar.add(archive, "cifar-10-batches-py/data_batch_1")
+    with pytest.raises(UserError, match="gives 0 images for held_out"):
+        study.prepare(place / "official.tar.gz", place / "elsewhere")
 
 
 def test_a_run_is_recorded_from_what_the_commands_say(place, monkeypatch):
@@ -215,6 +223,22 @@ def test_differences_are_paired_by_seed_with_students_interval(place):
     assert study.cost_points() == {"dense": {4.0: dense}}, "240 steps of a second"
 
 
+def test_question_3_tests_each_as_it_is_meant_to_be(place):
+    item = {"setting": "tread", "top1": 1.0, "top1_more": 2.0, "top1_no_skip": 3.0}
+    assert study.meant_top1(item) == 3.0
+    assert study.meant_top1({**item, "setting": "random"}) == 1.0
+    study.choose(["random@0.55", "keep10@1", "corner"])
+    tops = [study.meant_top1({**item, "setting": name}) for name in ("random", "keep10", "corner")]
+    assert tops == [2.0, 3.0, 1.0]
+
+
+def test_a_setting_whose_runs_did_not_see_the_test_images_joins_no_choice(place):
+    study.choose(["random"])
+    record(study.Run("tread", *study.MANY_PASSES, 100), 50.0)  # question 3's
+    with pytest.raises(UserError, match="tread: has runs on question 1's seeds already"):
+        study.choose(["tread"])
+
+
 def test_the_test_images_are_for_the_runs_of_what_was_chosen(place, monkeypatch):
     run = study.Run("corner", *study.MANY_PASSES, 100)
     assert study.checks_of(run) == {
@@ -223,15 +247,15 @@ def test_the_test_images_are_for_the_runs_of_what_was_chosen(place, monkeypatch)
     }
     for names, message in (
         (["dense"], "dense: is no setting with skipping"),
-        (["corner@1.5"], r"corner@1.5: give a share above 0"),
-        (["corner@half"], r"corner@half: give a share above 0"),
-        (["corner", "corner@0.5"], "corner: is chosen already"),
+        (["corner@1.5"], r"corner@1.5: was not tried on held-out images"),
+        (["chosen_again@0.35"], "give chosen_again or chosen_again@1$"),
+        (["corner", "corner@1"], "corner: is chosen already"),
     ):
         with pytest.raises(UserError, match=message):
             study.choose(names)
-    study.choose(["corner@0.5"])
-    assert study.checks_of(run)["test_top1"] == ("test", ["--keep-ratio", "0.5"])
-    assert "tested with 50% of the tokens kept; against dense" in study.LOG.read_text()
+    study.choose(["corner@0.35"])
+    assert study.checks_of(run)["test_top1"] == ("test", ["--keep-ratio", "0.35"])
+    assert "tested with 35% of the tokens kept; against dense" in study.LOG.read_text()
     assert study.checks_of(run._replace(setting="dense")) == {"test_top1": ("test", [])}
     for other in (run._replace(seed=0), run._replace(epochs=6), run._replace(setting="paper")):
         assert "test_top1" not in study.checks_of(other)
@@ -244,7 +268,7 @@ def test_the_test_images_are_for_the_runs_of_what_was_chosen(place, monkeypatch)
 
 def test_the_verdict_is_told_when_all_of_its_runs_are_in(place):
     assert study.verdict_in_words() == "Nothing is chosen for question 1 now."
-    study.choose(["corner", "keep10@0.5"])
+    study.choose(["corner", "keep10@0.2"])
     runs = study.runs_of("1")
     assert [run.setting for run in runs[:3]] == ["dense", "corner", "keep10"]
     less = {"dense": 0.0, "corner": -0.5, "keep10": -2.0}

@@ -23,6 +23,7 @@ import platform
 import re
 import resource
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -108,7 +109,21 @@ def _parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     for name in ("steps", "warmup", "processes"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name}: {getattr(arguments, name)} is below 1; give 1 or more")
+    if arguments.against and arguments.against != "mindcv":
+        _command(arguments.against)
     return arguments
+
+
+def _command(text: str) -> list[str]:
+    """The words of a command of ``--against``, known to be a program before anything is built."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"--against: {text} cannot be read as a command ({error})") from None
+    if not words or shutil.which(words[0]) is None:
+        program = words[0] if words else "an empty word"
+        raise UserError(f"--against: {program} is no program here; give mindcv or a command (see results/pytorch_*.py)")
+    return words
 
 
 def _configuration(arguments: argparse.Namespace) -> Config:
@@ -249,23 +264,26 @@ def take_turns(contenders: Sequence[Contender], warmup: int, steps: int) -> None
 
 def summary_of(contender: Contender, batch_size: int) -> dict[str, Any]:
     """Median and quartiles in ms, images/s at the median, the first step, and compilation as a part of it."""
-    low, median, high = (float(np.percentile(contender.times, share)) for share in (25, 50, 75))
+    low, median, high = _quartiles(contender.times, 1)
     return {
-        "ms": round(median, 1),
-        "quartiles_ms": [round(low, 1), round(high, 1)],
-        "images_per_second": round(1e3 * batch_size / median, 2),
+        "ms": median,
+        "quartiles_ms": [low, high],
+        "images_per_second": round(1e3 * batch_size / float(np.median(contender.times)), 2),
         "first_step_seconds": round(contender.first_step_seconds, 1),
         "compile_seconds": round(contender.compile_seconds, 1) if contender.compile_seconds else None,
     }
 
 
 def ratio(slow: Contender, fast: Contender) -> dict[str, Any]:
-    """How many times faster: of the medians, and the quartiles of the ratios of each round."""
-    of_rounds = np.array(slow.times) / np.array(fast.times)
-    return {
-        "ratio": round(float(np.median(slow.times) / np.median(fast.times)), 4),
-        "quartiles": [round(float(np.percentile(of_rounds, share)), 4) for share in (25, 75)],
-    }
+    """How many times faster: median and quartiles over the rounds, since a machine's drift is in both of a round."""
+    low, median, high = _quartiles(np.array(slow.times) / np.array(fast.times), 4)
+    return {"ratio": median, "quartiles": [low, high]}
+
+
+def _quartiles(values: Sequence[float], digits: int) -> tuple[float, float, float]:
+    """Lower quartile, median, upper quartile."""
+    low, median, high = (round(float(np.percentile(values, share)), digits) for share in (25, 50, 75))
+    return low, median, high
 
 
 def compare(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -274,7 +292,7 @@ def compare(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
     dense = Contender("dense", config.replace(skip=()), "own")
     contenders = [dense, skip]
     if arguments.against:
-        command = None if arguments.against == "mindcv" else shlex.split(arguments.against)
+        command = None if arguments.against == "mindcv" else _command(arguments.against)
         contenders.append(Contender(arguments.against, config.replace(skip=()), "mindcv", command))
     try:
         take_turns(contenders, arguments.warmup, arguments.steps)
@@ -355,6 +373,10 @@ def sweep(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.picture:
         draw.check_output(arguments.picture)
     found: dict[SkipConfig, list[dict[str, Any]]] = {span: [] for span in _sweep_spans(config)}
+    if not found:
+        raise UserError(
+            f"--sweep: model.depth is {config.model.depth}, and the spans end at blocks {min(SWEEP_END)} up"
+        )
     print(f"{'start':>5}{'end':>5}{'keep':>6}{'speed-up':>10}{'bound':>8}{'efficiency':>12}")
     for _ in range(arguments.processes):
         dense = Contender("dense", config.replace(skip=()), "own")
@@ -569,7 +591,7 @@ def compare_input(config: Config, steps: int, against: str) -> dict[str, Any]:
     unmixed = single.replace(augment=dataclasses.replace(config.augment, mixup=0.0, cutmix=0.0))
     rates: dict[str, list[float]] = {"own": [], "own_unmixed": [], against: []}
     with tempfile.TemporaryDirectory(prefix="skipvit-benchmark-") as folder:
-        commands = {against: [*shlex.split(against), config.data.train, str(config.data.batch_size), str(steps)]}
+        commands = {against: [*_command(against), config.data.train, str(config.data.batch_size), str(steps)]}
         for name, contender in (("own", single), ("own_unmixed", unmixed)):
             recipe = Path(folder, f"{name}.yaml")
             recipe.write_text(yaml.safe_dump(contender.to_dict()))
@@ -584,13 +606,12 @@ def compare_input(config: Config, steps: int, against: str) -> dict[str, Any]:
                 of_rounds.append(json.loads(done.stdout.splitlines()[-1])["input_images_per_second"])
     result: dict[str, Any] = {"steps": steps, "rounds": INPUT_ROUNDS, "simplejpeg": data.simplejpeg is not None}
     for name, of_rounds in rates.items():
-        low, median, high = (round(float(np.percentile(of_rounds, share)), 1) for share in (25, 50, 75))
+        low, median, high = _quartiles(of_rounds, 1)
         result[name] = {"input_images_per_second": median, "quartiles": [low, high]}
     theirs = np.array(rates[against])
     for key, name in (("input_speed_up", "own"), ("input_speed_up_unmixed", "own_unmixed")):
-        result[key] = round(float(np.median(rates[name]) / np.median(theirs)), 3)
-        quartiles = [round(float(np.percentile(np.array(rates[name]) / theirs, share)), 3) for share in (25, 75)]
-        result[f"{key}_quartiles"] = quartiles
+        low, result[key], high = _quartiles(np.array(rates[name]) / theirs, 3)
+        result[f"{key}_quartiles"] = [low, high]
         print(f"{name}: {result[name]['input_images_per_second']} images/s, {result[key]:.2f} times {against}")
     return result
 
