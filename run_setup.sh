@@ -21,7 +21,8 @@ help_where_asked() {
 
 # choose_python [REQUIREMENTS]: set and export PYTHON, PYTHONPATH and how it asks for memory. The Python is, in order,
 #   PYTHON from the environment;
-#   python3, where it has a MindSpore, as on a cluster: nothing is installed over it;
+#   python3, where it has a MindSpore, as on a cluster: nothing is installed over it (.venv's, if that is activated, is
+#   no such Python);
 #   .venv, set up here from REQUIREMENTS (requirements.txt).
 # Exits with 2 and one line where it lacks a package or none can be had.
 choose_python() {
@@ -29,7 +30,7 @@ choose_python() {
     PYTHON=$(command -v "$PYTHON") || fail "PYTHON: no such program; give a Python that has MindSpore, or unset it"
     [ "${PYTHON#/}" != "$PYTHON" ] || PYTHON=$PWD/$PYTHON
     check_packages "$PYTHON"
-  elif has_mindspore python3; then
+  elif has_mindspore python3 && ! [ "$(dirname "$(command -v python3)")" -ef "$here/.venv/bin" ]; then
     PYTHON=$(command -v python3)
     check_packages "$PYTHON"
   else

@@ -196,9 +196,9 @@ def clone(tmp_path):
     return folder
 
 
-def start(clone, **environment):
+def start(clone, first_on_path="/nowhere", **environment):
     stubs = clone.parent / "stubs"
-    path = f"{stubs}:/usr/local/bin:/usr/bin:/bin"
+    path = f"{first_on_path}:{stubs}:/usr/local/bin:/usr/bin:/bin"
     return run(clone / "run_train.sh", cwd=clone.parent, PATH=path, STUBS=str(stubs), **environment)
 
 
@@ -237,6 +237,18 @@ def test_a_python3_that_has_mindspore_is_used_and_nothing_set_up(clone):
     result = start(clone)
     assert "No module named 'skipvit'" in result.stderr  # which is not in this folder: so it came to training
     assert not (clone / ".venv").exists()
+
+
+def test_an_activated_venv_is_brought_up_to_date_all_the_same(clone):
+    start(clone)
+    calls(clone)
+    modules = {"mindcv": "", "yaml": "", "PIL": "", "tqdm": ""}
+    given = given_python(clone.parent, mindspore="__version__ = '2.10.0'", **modules)
+    shutil.copy(given, clone / ".venv/bin/python3")
+    with open(clone / "requirements.txt", "a", encoding="utf-8") as file:
+        file.write("another==1\n")
+    assert start(clone, first_on_path=clone / ".venv/bin").stdout == "trained\n"
+    assert calls(clone) == ["install", "check", "train"]
 
 
 @pytest.mark.parametrize("how", [{"PIP_KILLED": "1"}, {"PIP_EXIT": "1"}])

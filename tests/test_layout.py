@@ -1,4 +1,4 @@
-"""The layout of DESIGN 2: who may import whom, who may know what, and that the README tells what is tested."""
+"""The layout: who may import whom, who may know what, and that the README tells what is tested."""
 
 import ast
 import re
@@ -84,7 +84,7 @@ def test_every_module_has_its_place():
 def test_imports_only_from_above(module):
     above = ORDER[: ORDER.index(module)]
     below = imports_of(module) - set(above)
-    assert not below, f"{module}.py imports {sorted(below)}, which DESIGN 2 has below it"
+    assert not below, f"{module}.py imports {sorted(below)}, which the layout has below it"
 
 
 def test_of_commands_only_train_imports_one():

@@ -73,7 +73,7 @@ def save(path: Path, parameters: Iterable[Parameter], meta: Mapping[str, Any]) -
     arrays[META] = np.frombuffer(json.dumps({"format": FORMAT, **meta}).encode(), np.uint8)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.ckpt")
     try:
-        # Not to `path` itself: MindSpore deletes its target before it writes (DESIGN 5).
+        # Not to `path` itself: MindSpore deletes its target before it writes.
         entries = [{"name": name, "data": Tensor(array.copy())} for name, array in arrays.items()]
         runtime.save_checkpoint(entries, str(temporary))
         with open(temporary, "rb+") as file:

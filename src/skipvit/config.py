@@ -180,7 +180,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class SkipConfig:
-    """One span of blocks that only the kept tokens pass: ``start .. end-1`` (SkipViT, section 3; DESIGN 1)."""
+    """One span of blocks that only the kept tokens pass: ``start .. end-1`` (SkipViT, section 3)."""
 
     start: int = 3  # first block of the span; block start-1 scores
     end: int = 11  # first block after the span; equal to the depth: rejoin before the final norm
@@ -211,7 +211,7 @@ class SkipConfig:
             )
 
     def kept_count(self, num_patches: int, lead: int = 1) -> int:
-        """K, the patch tokens kept of ``num_patches`` (DESIGN 1.4): from the configuration alone, hence static.
+        """K, the patch tokens kept of ``num_patches``: from the configuration alone, hence static.
 
         ``lead`` tokens besides patches are in the sequence already: CLS, and those that earlier spans fused.
         """

@@ -41,7 +41,7 @@ class Stage(NamedTuple):
 
 
 def stages(model: ModelConfig, spans: Sequence[SkipConfig]) -> list[Stage]:
-    """Each block's token count (DESIGN 1.2 to 1.7)."""
+    """Each block's token count."""
     last_block = model.depth - 1
     return [
         Stage(count, 1 if model.last_block_cls_only and block == last_block else count)
@@ -100,7 +100,7 @@ def speed_up_bound(model: ModelConfig, spans: Sequence[SkipConfig], num_classes:
 CUBE_FLOPS = 256e12  # float16 peak of the cube unit (Huawei's data sheet of the Ascend 910)
 CUBE_EFFICIENCY = 0.6  # the share of it that large products reach: assumed
 CUBE_BLOCK = 16  # it multiplies 16 x 16 blocks: dimensions are padded to that
-HBM_BYTES_PER_SECOND = 1.2e12  # unconfirmed (DESIGN 4)
+HBM_BYTES_PER_SECOND = 1.2e12  # often given for its HBM2; unconfirmed
 HBM_EFFICIENCY = 0.7  # assumed
 OPTIMIZER_BYTES = 46  # a parameter and step: AdamW's reads and writes, decay, unscaling, the float16 copy
 

@@ -103,10 +103,10 @@ def _fraction(x):
 def dropout(x, rate, seed):
     """Zero a share ``rate`` of ``x (B, T, D)`` and scale up the rest, by a hash of (place, seed).
 
-    A dropout kernel's state can be neither read nor set, so a resumed run would draw otherwise (DESIGN 5). Here the
-    place in the tensor and the seed, an input of the graph, are hashed in float32 by multiply, add and floor alone,
-    which every device has (the "hash without sine" family). Rows and columns lie irrational steps apart, so that none
-    comes twice, and are mixed three times, as after once some pairs of columns are still kept and zeroed together.
+    A dropout kernel's state can be neither read nor set, so a resumed run would draw otherwise. Here the place in the
+    tensor and the seed, an input of the graph, are hashed in float32 by multiply, add and floor alone, which every
+    device has (the "hash without sine" family). Rows and columns lie irrational steps apart, so that none comes twice,
+    and are mixed three times, as after once some pairs of columns are still kept and zeroed together.
     """
     B, T, D = x.shape
     row = Tensor((np.arange(B * T, dtype=np.float64) * 0.6180339887498949 % 1.0).astype(np.float32)[:, None])
@@ -258,7 +258,7 @@ class PatchProjection(nn.Cell):
 
 
 class VisionTransformer(nn.Cell):
-    """ViT whose patch tokens may skip spans of blocks (SkipViT, arXiv 2401.15293; DESIGN 1).
+    """ViT whose patch tokens may skip spans of blocks (SkipViT, arXiv 2401.15293).
 
     ``net(images)`` gives logits ``(B, C)`` float32 for normalised images ``(B, 3, S, S)``.
 

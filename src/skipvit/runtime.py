@@ -57,7 +57,7 @@ def start(jit_level: Optional[str] = None) -> Process:
     communication.init("hccl" if device == "Ascend" else "mccl")
     ms.set_auto_parallel_context(parallel_mode=ms.ParallelMode.DATA_PARALLEL, gradients_mean=True, device_num=ranks)
     if device == "Ascend":
-        # Off unless asked for (DESIGN 4): gradients are reduced in blocks of this many MB.
+        # Off unless asked for: gradients are reduced in blocks of this many MB.
         ms.set_auto_parallel_context(comm_fusion={"allreduce": {"mode": "size", "config": 32}})
     process = Process(rank=communication.get_rank(), ranks=communication.get_group_size())
     if os.environ.get("RANK_ID", str(process.rank)) != str(process.rank):
@@ -81,7 +81,7 @@ def on_cpu() -> bool:
 
 
 def sort_dtype():
-    """What TopK sorts: float16 alone on Ascend's AI Core (DESIGN 4)."""
+    """What TopK sorts: float16 alone on Ascend's AI Core (ascend910.yaml)."""
     return mstype.float32 if on_cpu() else mstype.float16
 
 

@@ -10,8 +10,8 @@ Everything is a function of tensors whose shapes are known beforehand: ``K`` com
 the data, so the graph is compiled once. ``B`` images, ``N`` patch tokens, ``K`` kept of them, ``D`` width, ``H`` heads
 of ``d = D / H``. Before the patches stand ``lead`` tokens that always go on: CLS, and those that spans before fused.
 
-How it moves tokens is chosen for the 910A (DESIGN 4) and costs the same on a CPU: Gather on axis 0 of the tokens laid
-out as ``(B * (1+N), D)`` runs on its AI Core, where ``gather_elements`` and every kind of scatter do not; so the
+How it moves tokens is chosen for the 910A (ascend910.yaml) and costs the same on a CPU: Gather on axis 0 of the tokens
+laid out as ``(B * (1+N), D)`` runs on its AI Core, where ``gather_elements`` and every kind of scatter do not; so the
 gradient of a gather, by default a scatter, is written here as what it is for a permutation: another gather.
 """
 
