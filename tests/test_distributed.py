@@ -277,6 +277,9 @@ class Lab:
         images = data.ImageFolder(folder / "some images/train")
         order = data.keyed_generator(data.ORDER, 11, 0).permutation(len(images))
         images.path(order[GLOBAL_BATCH - 1]).write_bytes(b"no image")
+        shutil.copytree(folder / "some images/val", folder / "damaged val")
+        self.left_out = data.ImageFolder(folder / "damaged val").path(GLOBAL_BATCH // 2)  # rank 1's first
+        self.left_out.write_bytes(b"no image")
         for ranks in (1, 2):
             devices = [{"device_id": str(rank), "rank_id": str(rank)} for rank in range(ranks)]
             server = {"server_id": "node_0", "host_nic_ip": "reserve", "device": devices}
@@ -365,8 +368,8 @@ def whole(jobs):
 
 @scenario
 def odd_rank(jobs):
-    """Rank 1 overflows in step 5, and stands still for 8 seconds after step 8."""
-    overrides = ("train.precision=fp16", "train.stall_seconds=2")
+    """Rank 1 overflows in step 5, stands still for 8 seconds after step 8, and cannot read an image to validate on."""
+    overrides = ("train.precision=fp16", "train.stall_seconds=2", "data.val=damaged val")
     return jobs.job("odd rank", *overrides, overflow=5, pause=[1, 8])
 
 
@@ -517,6 +520,14 @@ def test_a_rank_that_stands_still_is_reported_by_the_one_that_waits_for_it(odd_r
     stacks = written[warned : written.index("it goes on, after ", warned)]
     assert "Current thread" in stacks
     assert "in train_phase" in stacks
+
+
+@pytest.mark.slow
+def test_an_image_that_another_rank_left_out_of_the_validation_is_named_once(odd_rank, jobs, lab):
+    log = (lab / "odd rank/train.log").read_text()
+    assert log.count(f"left out of the validation, cannot be read: {jobs.left_out.relative_to(lab)}\n") == 1
+    for line in step_lines(lab / "odd rank")[1]:
+        assert (line["images"], line["unreadable"]) == (VAL_IMAGES - 1, 1)
 
 
 # ------------------------------------------------------------------------------------------------ broken and resumed

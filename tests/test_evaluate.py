@@ -10,7 +10,7 @@ import runs
 from mindspore import Parameter, Tensor
 from PIL import Image
 
-from skipvit import checkpoint, config, evaluate, runtime
+from skipvit import checkpoint, config, data, evaluate, runtime
 from skipvit.config import UserError
 from skipvit.data import ImageFolder
 from skipvit.log import RunFailed, run_command
@@ -26,7 +26,7 @@ class Oracle:
     def __init__(self, logits, kept=None):
         self.logits, self.kept = np.asarray(logits, np.float32), kept
 
-    def __call__(self, images):
+    def __call__(self, images, *scores):
         numbers = images.asnumpy()[:, 0, 0, 0]
         outputs = (Tensor(self.logits[numbers]),)
         return outputs if self.kept is None else (*outputs, Tensor(self.kept[numbers]))
@@ -41,8 +41,8 @@ def numbered_images(root, labels, classes):
     return ImageFolder(root)
 
 
-def count(oracle, folder, classes, batch_size=4, **options):
-    return evaluate.evaluate(oracle, folder, CONFIG, batch_size=batch_size, classes=classes, **options)
+def count(oracle, folder, classes, batch_size=4, recipe=CONFIG, **options):
+    return evaluate.evaluate(oracle, folder, recipe, batch_size=batch_size, classes=classes, **options)
 
 
 def percent(values):
@@ -85,6 +85,7 @@ def test_ranks_together_count_each_image_once(seven, ranks, monkeypatch):
         return np.ones(5)
 
     monkeypatch.setattr(runtime, "sum_over_ranks", add)
+    monkeypatch.setattr(runtime, "union_over_ranks", lambda numbers, size, ranks: numbers)
     for rank in range(ranks):
         count(oracle, folder, CLASSES, batch_size=2, rank=rank, ranks=ranks)
     assert total[:3].tolist() == [sum(first), sum(among_five), 11]
@@ -149,6 +150,20 @@ def test_unreadable_images_left_out_are_named_and_not_counted(with_unreadable, b
     assert (result.top1, result.images) == (percent(first), 9)
     assert result.unreadable == [str(path) for path in broken]
     assert evaluate.summary(result)["unreadable"] == 2
+
+
+def test_an_image_whose_mask_cannot_be_read_is_left_out_and_the_mask_named(seven, tmp_path):
+    folder, oracle, *_ = seven
+    for name in folder.names:
+        mask = data.mask_path(tmp_path, name)
+        mask.parent.mkdir(exist_ok=True)
+        Image.new("L", (16, 16)).save(mask)
+    broken = data.mask_path(tmp_path, folder.names[0])
+    broken.write_bytes(b"no image")
+    by_mask = dataclasses.replace(CONFIG.skip[0], score="mask")
+    recipe = CONFIG.replace(skip=(by_mask,))
+    result = count(oracle, folder, CLASSES, recipe=recipe, masks=tmp_path, skip_unreadable=True)
+    assert (result.images, result.unreadable) == (10, [str(broken)])
 
 
 def test_nothing_readable_is_an_error(tmp_path):
@@ -319,6 +334,7 @@ def _no_network(monkeypatch):
         (["{tmp}/no.ckpt", "--data", "{scene}/data"], ["{tmp}/no.ckpt", "no such checkpoint"]),
         (["{scene}/skip", "--data", "{scene}/data"], ["{scene}/skip", "best.ckpt"]),
         (["{tmp}/cut.ckpt", "--data", "{scene}/data"], ["{tmp}/cut.ckpt", "truncated"]),
+        (["{tmp}/" + 300 * "a" + ".ckpt", "--data", "{scene}/data"], ["aaa.ckpt: File name too long"]),
         (["{tmp}/other.ckpt", "--data", "{scene}/data"], ["{tmp}/other.ckpt", "of another model"]),
         (["{scene}/skip/best.ckpt", "--data", "{tmp}/no"], ["--data", "{tmp}/no", "does not exist"]),
         (["{scene}/skip/best.ckpt", "--data", "{tmp}/cut.ckpt"], ["--data", "{tmp}/cut.ckpt", "not a folder"]),

@@ -1,7 +1,9 @@
 """What a command says and how it ends: exit codes, one line, the log, metrics without duplicates, progress."""
 
+import errno
 import io
 import json
+import os
 import re
 import signal
 import struct
@@ -49,6 +51,13 @@ def test_the_exit_code_is_what_main_returns(returned, code, capsys):
 def test_a_mistake_is_one_line_and_2(capsys):
     assert log.run_command(raising(UserError("a key\nover\r\n  lines\x0b\u2028and more"))) == 2
     assert capsys.readouterr() == ("", "error: a key over lines and more\n")
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENAMETOOLONG])
+def test_a_path_that_cannot_be_used_is_one_line_and_2(number, capsys):
+    error = OSError(number, os.strerror(number), "some\nwhere")
+    assert log.run_command(raising(error)) == 2
+    assert capsys.readouterr().err == f"error: some where: {os.strerror(number)}; give a path that can be used\n"
 
 
 def test_a_failed_run_is_one_line_and_1(capsys):

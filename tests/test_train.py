@@ -681,6 +681,104 @@ def test_a_finished_run_has_nothing_to_do_and_says_so_once(lab, whole, here):
     assert timeless(folder) == metrics
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["in the last step of the epoch", "during the validation"])
+def test_a_validation_that_a_signal_came_before_is_made_by_the_resumed_run(moment, lab, whole, here, monkeypatch):
+    """Both where the run is at its end then, and where it goes on."""
+    name = moment.replace(" ", "_")
+
+    def broken_off(trainer):
+        trainer.stop.agreed = signal.SIGTERM
+        raise train.Stopped
+
+    def last_step(trainer, *arguments, original=train.Trainer.note_sink):
+        stopping = original(trainer, *arguments)
+        if trainer.step_count == STEPS_AN_EPOCH:
+            trainer.stop.agreed, stopping = signal.SIGTERM, True
+        return stopping
+
+    options = ["recipe.yaml", f"train.output={name}", "train.resume=auto"]
+    with monkeypatch.context() as patch:
+        if moment == "during the validation":
+            patch.setattr(train.Trainer, "stop_if_asked", broken_off)
+        else:
+            patch.setattr(train.Trainer, "note_sink", last_step)
+        assert here(*options)[0] == 143
+    folder = lab.root / name
+    assert not metrics_of(folder)[1]
+    assert not (folder / "best.ckpt").exists()
+    lab.copy(name, f"{name}_on")
+    first = metrics_of(whole[0])[1][0]
+
+    code, out, _ = here(*options, "train.stop_after_epochs=1")
+    assert (code, json.loads(out.splitlines()[-1])["best_top1"]) == (0, first["top1"])
+    assert [(line["step"], line["top1"]) for line in metrics_of(folder)[1]] == [(STEPS_AN_EPOCH, first["top1"])]
+    assert checkpoint.load(folder / "best.ckpt").meta["step"] == STEPS_AN_EPOCH
+
+    options[1] += "_on"
+    assert here(*options, "train.stop_after_epochs=2")[0] == 0
+    steps = [line["step"] for line in metrics_of(lab.root / f"{name}_on")[1]]
+    assert steps == [STEPS_AN_EPOCH, 2 * STEPS_AN_EPOCH]
+
+
+@pytest.mark.slow
+def test_with_other_validation_images_the_best_begins_anew(lab, stopped, here):
+    folder = lab.copy("stopped", "other_val")
+    shutil.copytree(lab.root / "val", lab.root / "val_again")
+    (image, *_) = sorted((lab.root / "val_again").rglob("*.png"))
+    image.unlink()
+    options = ["train.output=other_val", "train.resume=auto", "train.stop_after_epochs=3"]
+    code, out, _ = here("recipe.yaml", *options, "data.val=val_again")
+    assert code == 0
+    assert "warning: val_again: other validation images than before; the best so far begins anew" in out
+    assert json.loads(out.splitlines()[-1])["best_top1"] == metrics_of(folder)[1][-1]["top1"]
+    assert checkpoint.load(folder / "best.ckpt").meta["step"] == 3 * STEPS_AN_EPOCH
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        "train.max_steps=9",
+        "train.stop_after_epochs=1",
+        "train.validate_every_epochs=2",
+        "train.sink_steps=2",
+        "data.val=train",
+    ],
+)
+def test_ranks_that_would_not_meet_as_often_are_refused(other, lab, monkeypatch):
+    monkeypatch.chdir(lab.root)
+    seen = []
+
+    def from_rank_0(number, process):
+        seen.append(number)
+        if len(seen) % 3 == 0:  # the seed, the step, and what a rank is
+            raise RunFailed("known")
+        return number
+
+    monkeypatch.setattr(runtime, "from_rank_0", from_rank_0)
+    for number, override in enumerate(("train.log_every_steps=3", other)):
+        with pytest.raises(RunFailed, match="known"):
+            trainer_of(f"train.output=rank{number}_{other}", override)
+    assert seen[2] != seen[5]
+
+
+@pytest.mark.parametrize(
+    ("steps", "last", "said"),
+    [("3-9", 5, "trace of steps 3-5, where training ended,: "), ("7-9", 5, "warning: no trace of steps 7-9: ")],
+)
+def test_a_trace_that_training_ends_before_is_told(steps, last, said, tmp_path, monkeypatch):
+    calls = []
+    profiler = types.SimpleNamespace(start=lambda: calls.append("start"), end=lambda: calls.append("end"))
+    monkeypatch.setattr(runtime, "StepTrace", lambda folder: profiler)
+    trace = train.Trace(steps, tmp_path, 0)
+    for step in range(1, last + 1):
+        trace.before(step)
+        assert trace.after(step) is None
+    assert trace.end(last).startswith(said)
+    assert calls == (["start", "end"] if steps == "3-9" else [])
+    assert trace.end(last) is None or not calls
+
+
 # --------------------------------------------------------------------------------------- damage and failure
 
 

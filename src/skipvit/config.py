@@ -34,7 +34,8 @@ SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12)}
 MODEL_NAMES = tuple(f"{kind}_{size}_patch16_224" for kind in ("vit", "skipvit") for size in SIZES)
 
 # Part of no run's identity: a resume may give these another value, because the weights do not depend on them.
-# (The data's folders are compared by what they hold, the rank's batch size by the global batch, see checkpoint.py.)
+# (The training images are compared by what their folder holds, the rank's batch size by the global batch, in train.py;
+# other validation images begin the search for the best checkpoint anew.)
 FREE_ON_RESUME = frozenset(
     {
         "data.train",

@@ -361,14 +361,18 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _why_unreadable(*paths: Path) -> str:
-    """The reason, image and mask read again: workers hand back only which images they could not read."""
-    try:
-        for path in paths:
+def unreadable_file(folder: ImageFolder, sample: int, masks: Optional[Path]) -> tuple[Path, str]:
+    """Which file of a sample that counts as unreadable is, the image or its mask, and the reason with its path.
+
+    They are read again, as workers hand back only which samples they could not read.
+    """
+    paths = [folder.path(sample)] + ([mask_path(masks, folder.names[sample])] if masks is not None else [])
+    for path in paths:
+        try:
             open_image(path)
-    except UnreadableImage as error:
-        return str(error)
-    return f"{paths[0]}: could not be read at first, though it can be now"
+        except UnreadableImage as error:
+            return path, str(error)
+    return paths[0], f"{paths[0]}: could not be read at first, though it can be now"
 
 
 # ------------------------------------------------------------------------------------------------- one image
@@ -880,11 +884,15 @@ class TrainBatches:
 
 
 class UnreadableCount:
-    """The images of a folder that could not be read so far, and the limit beyond which training stops."""
+    """The images of a folder that could not be read so far, and the limit beyond which training stops.
 
-    def __init__(self, folder: ImageFolder, max_share: float) -> None:
+    An image whose mask cannot be read counts as well, where there are ``masks``, and then the mask is named.
+    """
+
+    def __init__(self, folder: ImageFolder, max_share: float, masks: Optional[Path] = None) -> None:
         self.folder = folder
         self.max_share = max_share
+        self.masks = masks
         self.samples: set[int] = set()
 
     def update(self, unreadable: np.ndarray) -> list[str]:
@@ -897,13 +905,13 @@ class UnreadableCount:
         self.samples.update(new)
         share = len(self.samples) / len(self.folder)
         if share > self.max_share or share == 1:
-            names = [str(self.folder.path(sample)) for sample in sorted(self.samples)]
+            found = [unreadable_file(self.folder, sample, self.masks) for sample in sorted(self.samples)]
             raise UserError(
-                f"data.train: {len(names)} of {len(self.folder)} images cannot be read ({share:.2%}; "
-                f"data.max_unreadable_share allows {self.max_share:.2%}): {first_names(names)}; "
-                f"{_why_unreadable(self.folder.path(min(self.samples)))}"
+                f"data.train: {len(found)} of {len(self.folder)} images cannot be read ({share:.2%}; "
+                f"data.max_unreadable_share allows {self.max_share:.2%}): "
+                f"{first_names([str(path) for path, _ in found])}; {found[0][1]}"
             )
-        return [str(self.folder.path(sample)) for sample in new]
+        return [str(unreadable_file(self.folder, sample, self.masks)[0]) for sample in new]
 
 
 class EvalBatches:
@@ -987,19 +995,18 @@ class EvalBatches:
         samples = np.arange(first, first + self.batch_size)
         return np.where(samples < len(self.folder), samples, -1)
 
-    def check(self, index: int, labels: np.ndarray) -> list[str]:
-        """Paths of the images of item ``index`` that could not be read, told from its labels.
+    def check(self, index: int, labels: np.ndarray) -> list[int]:
+        """The samples of item ``index`` that could not be read, told from its labels.
 
         Raises:
             UserError: there is one, and ``skip_unreadable`` is off. It is raised here and not by the item, since
                 MindSpore would turn an error in a worker into one of its own.
         """
-        samples = self.samples(index)[np.asarray(labels) < 0]
-        if len(samples) and not self.skip_unreadable:
-            files = [self.folder.path(samples[0])]
-            files += [mask_path(self.masks, self.folder.names[samples[0]])] if self.masks is not None else []
-            raise UserError(f"{_why_unreadable(*files)}; mend or remove it (or evaluate with --skip-unreadable)")
-        return [str(self.folder.path(sample)) for sample in samples]
+        samples = self.samples(index)[np.asarray(labels) < 0].tolist()
+        if samples and not self.skip_unreadable:
+            _, reason = unreadable_file(self.folder, samples[0], self.masks)
+            raise UserError(f"{reason}; mend or remove it (or evaluate with --skip-unreadable)")
+        return samples
 
 
 def to_dataset(source: Union[TrainBatches, EvalBatches]) -> mindspore.dataset.GeneratorDataset:

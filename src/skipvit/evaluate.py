@@ -22,7 +22,15 @@ import numpy as np
 
 from skipvit import checkpoint, runtime
 from skipvit.config import Config, UserError, given_spans, keeping
-from skipvit.data import EvalBatches, ImageFolder, check_masks, mask_path, object_patches, to_dataset
+from skipvit.data import (
+    EvalBatches,
+    ImageFolder,
+    check_masks,
+    mask_path,
+    object_patches,
+    to_dataset,
+    unreadable_file,
+)
 from skipvit.inference import Classify
 from skipvit.log import Parser, RunFailed, one_line, run_command
 
@@ -35,7 +43,7 @@ class Result:
     top5: float
     images: int
     images_per_second: float
-    unreadable: list[str]
+    unreadable: list[str]  # of all ranks: the files, an image's or its mask's
     object_kept: Optional[float] = None  # share of the object's patches that the first span kept, mean over images
     random_kept: Optional[float] = None  # what a random choice of as many patches keeps
 
@@ -89,7 +97,7 @@ def evaluate(
     top1 = top5 = images = 0
     kept_shares: list[float] = []
     kept_count = 0
-    unreadable: list[str] = []
+    unreadable: list[int] = []
     started = time.perf_counter()
     for index, row in enumerate(to_dataset(source).create_tuple_iterator(num_epochs=1)):
         batch, labels, valid, *scores = row
@@ -115,6 +123,7 @@ def evaluate(
     seconds = time.perf_counter() - started
     counts = runtime.sum_over_ranks(np.array([top1, top5, images, sum(kept_shares), len(kept_shares)]), ranks)
     top1, top5, images, kept_sum, with_object = counts
+    left_out = runtime.union_over_ranks(np.array(unreadable, np.int64), len(folder), ranks)
     if images == 0:
         raise UserError(f"{folder.root}: none of its images can be read")
     return Result(
@@ -122,7 +131,7 @@ def evaluate(
         top5=round(100.0 * top5 / images, 4),
         images=int(images),
         images_per_second=round(images / seconds, 1),
-        unreadable=unreadable,
+        unreadable=[str(unreadable_file(folder, int(sample), source.masks)[0]) for sample in left_out],
         object_kept=round(kept_sum / with_object, 4) if with_object else None,
         random_kept=round(kept_count / config.model.num_patches, 4) if with_object else None,
     )

@@ -24,6 +24,7 @@ from skipvit.config import UserError
 EVENTS_FLUSHED_SECONDS = 1.0
 LOG, METRICS = "train.log", "metrics.jsonl"
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)  # of the disk, not of the program
+PATH_ERRORS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP)  # of what the user gave
 
 _log_file: Optional[Path] = None
 
@@ -79,6 +80,9 @@ def run_command(main: Callable[[Optional[Sequence[str]]], Any], argv: Optional[S
         return 1
     except OSError as error:
         _log_traceback()
+        if error.errno in PATH_ERRORS and error.filename is not None:
+            print(f"error: {one_line(error.filename)}: {error.strerror}; give a path that can be used", file=sys.stderr)
+            return 2
         if error.errno not in DISK_ERRORS:
             raise
         print(f"error: {one_line(error)}", file=sys.stderr)

@@ -41,17 +41,23 @@ def start(jit_level: Optional[str] = None) -> Process:
     device = os.environ.get("DEVICE_TARGET") or ms.get_context("device_target")
     if device not in ("Ascend", "CPU"):
         raise UserError(f"DEVICE_TARGET={device}: is neither Ascend nor CPU")
-    device_id = int(os.environ.get("DEVICE_ID", "0"))
+    device_id = _whole_number("DEVICE_ID", 0) if device == "Ascend" else None
+    ranks = _whole_number("RANK_SIZE", _whole_number("MS_WORKER_NUM", 1))
     ms.set_context(mode=ms.GRAPH_MODE)
-    if hasattr(ms, "set_device"):
-        ms.set_device(device, device_id if device == "Ascend" else None)
-    else:
-        ms.set_context(device_target=device)
-        if device == "Ascend":
-            ms.set_context(device_id=device_id)
+    try:
+        if hasattr(ms, "set_device"):
+            ms.set_device(device, device_id)
+        else:
+            ms.set_context(device_target=device)
+            if device_id is not None:
+                ms.set_context(device_id=device_id)
+    except (RuntimeError, ValueError) as error:  # followed by MindSpore's own call stack
+        reason = next(iter(str(error).splitlines()), "")
+        raise UserError(
+            f"DEVICE_TARGET: MindSpore cannot use {device} here ({reason}); give another, or none"
+        ) from None
     if jit_level is not None:
         ms.set_context(jit_config={"jit_level": jit_level})
-    ranks = int(os.environ.get("RANK_SIZE") or os.environ.get("MS_WORKER_NUM") or "1")
     if ranks == 1:
         return Process(rank=0, ranks=1)
     communication.init("hccl" if device == "Ascend" else "mccl")
@@ -64,6 +70,14 @@ def start(jit_level: Optional[str] = None) -> Process:
         # Log names and the terminal follow RANK_ID, checkpoints and metrics the rank.
         raise UserError(f"RANK_ID={os.environ['RANK_ID']}: MindSpore numbered this process {process.rank}; start again")
     return process
+
+
+def _whole_number(name: str, default: int) -> int:
+    """Of the environment; empty is as good as not set."""
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal():
+        raise UserError(f"{name}={text}: is no whole number; a launcher sets it, or leave it out")
+    return int(text)
 
 
 _forms_of_ascend = False

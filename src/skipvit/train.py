@@ -159,6 +159,7 @@ class Trainer:
         self.steps_per_epoch = steps_per_epoch(len(folders.train), self.global_batch)
         self.total_steps = config.train.epochs * self.steps_per_epoch
         self.best_top1 = -1.0
+        self.validated = True  # whether what was due to be validated has been, at the last checkpoint
         self.left_out: set[str] = set()  # validation images that could not be read
         self.step_count = 0
         self.source: Optional[checkpoint.Checkpoint] = None  # of the initial weights, for a run that begins
@@ -171,6 +172,11 @@ class Trainer:
         self.step = self.phase_step(resumed.arrays if resumed is not None else None, self.folder)
         if resumed is not None:
             self.step_count, self.best_top1 = resumed.meta["step"], resumed.meta["best_top1"]
+            self.validated = resumed.meta.get("validated", True)
+            known = resumed.meta.get("validation_images")
+            if known is not None and known != folders.val.fingerprint():
+                self.best_top1 = -1.0
+                warnings.append(f"{folders.val.root}: other validation images than before; the best so far begins anew")
         self.log = RunLog(self.folder if process.rank == 0 else None, self.step_count, config.train.tensorboard)
         self.watch = Watch(self.log, config.train.stall_seconds)
         self.classify, self.refresh_weights = self.evaluation_model()
@@ -367,11 +373,15 @@ class Trainer:
                 f"train.output: {self.folder} has step {step} here and step {of_rank_0} where rank 0 runs; "
                 "all servers must see the same folder, or a copy of it"
             )
-        images = self.folders.train
-        digest = zlib.crc32(json.dumps([self.config.identity(), self.global_batch, images.fingerprint()]).encode())
+        train, val, config = self.folders.train, self.folders.val, self.config
+        # How often ranks meet follows from these too, and one that met more often would wait for ever.
+        length = [config.train.max_steps, config.train.stop_after_epochs]
+        looks = [config.train.validate_every_epochs, config.train.sink_steps, config.data.max_unreadable_share]
+        facts = [config.identity(), self.global_batch, train.fingerprint(), val.fingerprint(), length, looks]
+        digest = zlib.crc32(json.dumps(facts).encode())
         if digest != runtime.from_rank_0(digest, self.process):
             raise UserError(
-                f"data.train: the recipe here, or the images in {images.root}, are not those of rank 0; "
+                f"data.train: the recipe here, or the images in {train.root} or {val.root}, are not those of rank 0; "
                 "give every server the same"
             )
 
@@ -438,6 +448,9 @@ class Trainer:
             last_step = min(last_step, train.max_steps)
         result: Optional[Result] = None
         clock = Clock(self.global_batch)
+        if not self.validated and self.is_validation_due(last_step):
+            result = self.validate()
+            self.save(result)
         if self.step_count < last_step:
             result = self.train_until(last_step, clock)
         else:
@@ -468,6 +481,12 @@ class Trainer:
             print(json.dumps(closing), flush=True)
         return 0
 
+    def is_validation_due(self, last_step: int) -> bool:
+        """Whether the run is at a step after which it validates."""
+        epochs, within = divmod(self.step_count, self.steps_per_epoch)
+        of_epoch = within == 0 and epochs > 0 and epochs % self.config.train.validate_every_epochs == 0
+        return of_epoch or self.step_count >= last_step
+
     def draw_pictures(self) -> None:
         """How the run went and, where tokens skip, which ones in some validation images; a run never fails by it."""
         images, config = self.folders.val, self.final
@@ -487,7 +506,8 @@ class Trainer:
 
     def train_until(self, last_step: int, clock: "Clock") -> Optional[Result]:
         """The steps up to ``last_step``, phase by phase; the last validation's result."""
-        unreadable = UnreadableCount(self.folders.train, self.config.data.max_unreadable_share)
+        folders, allowed = self.folders, self.config.data.max_unreadable_share
+        unreadable = UnreadableCount(folders.train, allowed, folders.train_masks)
         progress = Progress(self.log, last_step, self.step_count, self.config.train.log_every_steps)
         trace = Trace(self.config.train.profile, self.folder / "profile", self.step_count)
         result = None
@@ -500,6 +520,9 @@ class Trainer:
                 self.log.say(self.describe_phase(phase))
             result = self.train_phase(last_step, clock, progress, unreadable, trace)
         progress.close()
+        told = trace.end(self.step_count)
+        if told is not None:
+            self.log.say(told)
         return result
 
     def train_phase(
@@ -545,8 +568,8 @@ class Trainer:
             at_end = self.step_count >= last_step
             if self.step_count % self.steps_per_epoch == 0 or at_end or stopping:
                 clock.pause()
-                epochs = self.step_count // self.steps_per_epoch
-                if not stopping and (at_end or epochs % train.validate_every_epochs == 0):
+                result = None
+                if not stopping and self.is_validation_due(last_step):
                     try:
                         # The last one is let finish: the run has nothing to go on with.
                         result = self.validate(can_stop=not at_end)
@@ -716,8 +739,9 @@ class Trainer:
         """Write ``best`` where the result is the best so far, then ``last``.
 
         In this order: killed in between, the run goes on from the ``last`` before, comes here again and finds the
-        same result to be the best again.
+        same result to be the best again. Where a signal came before there was a result, the resumed run sees to it.
         """
+        self.validated = result is not None
         better = result is not None and result.top1 > self.best_top1
         if result is not None and better:
             self.best_top1 = result.top1
@@ -759,6 +783,8 @@ class Trainer:
             "epoch": self.step_count // self.steps_per_epoch,
             "step_in_epoch": self.step_count % self.steps_per_epoch,
             "best_top1": self.best_top1,
+            "validated": self.validated,
+            "validation_images": self.folders.val.fingerprint(),
             "global_batch": self.global_batch,
             "ranks": self.process.ranks,
             "training_images": self.folders.train.fingerprint(),
@@ -791,12 +817,24 @@ class Trace:
         """A sink has ended with ``step``; what to say where the trace is complete now. A run never fails by it."""
         if self.profiler is None or not self.running or step < self.last:
             return None
+        return self._write(self.steps)
+
+    def end(self, step: int) -> Optional[str]:
+        """Training has ended with ``step``; what to say of a trace that is not complete."""
+        if self.profiler is None:
+            return None
+        if not self.running:
+            return f"warning: no trace of steps {self.steps}: training ended with step {step}"
+        return self._write(f"{self.first}-{step}, where training ended,")
+
+    def _write(self, steps: Optional[str]) -> str:
         profiler, self.profiler = self.profiler, None
+        assert profiler is not None
         try:
             profiler.end()
         except (OSError, RuntimeError) as error:
-            return f"warning: no trace of steps {self.steps}: {error}"
-        return f"trace of steps {self.steps}: {self.folder}"
+            return f"warning: no trace of steps {steps}: {error}"
+        return f"trace of steps {steps}: {self.folder}"
 
 
 class Clock:
