@@ -660,14 +660,14 @@ def test_an_unfinished_accumulation_is_shared_before_it_is_written(trainer, monk
     ("differs", "message"),
     [
         (0, "train.output: run has step 0 here and step 3 where rank 0 runs; all servers must see the same folder"),
-        (1, "data.train: the recipe here, or the images in some images, are not those of rank 0"),
+        (1, "data.train: the recipe here, or the images in some images or other images, are not those of rank 0"),
         (None, None),
     ],
 )
 def test_ranks_that_would_not_train_the_same_are_refused(trainer, monkeypatch, differs, message):
     trainer.folder, calls = "run", iter(range(2))
-    images = SimpleNamespace(fingerprint=lambda: "48 images", root="some images")
-    trainer.folders = SimpleNamespace(train=images)
+    images, others = (SimpleNamespace(fingerprint=lambda: "48", root=f"{which} images") for which in ("some", "other"))
+    trainer.folders = SimpleNamespace(train=images, val=others)
     monkeypatch.setattr(runtime, "from_rank_0", lambda number, process: number + 3 * (next(calls) == differs))
     if message is None:
         trainer.check_same_start(None)

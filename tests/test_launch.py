@@ -507,7 +507,11 @@ while True:
     [(signal.SIGINT, signal.SIGINT, 130), (signal.SIGTERM, signal.SIGTERM, 143), (signal.SIGHUP, signal.SIGTERM, 143)],
 )
 def test_signals_reach_every_rank_once(start, sent, received, code):
-    launched = start(SAVE_AND_END)
+    before = signal.signal(sent, signal.SIG_DFL)  # these tests may run under nohup, which a launcher would heed
+    try:
+        launched = start(SAVE_AND_END)
+    finally:
+        signal.signal(sent, before)
     launched.wait_for("ready_0", "ready_1")
     launched.process.send_signal(sent)
     launched.wait_for("told_0", "told_1")
