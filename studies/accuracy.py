@@ -245,8 +245,7 @@ def runs_of(question: str) -> list[Run]:
         return [Run(name, *length, seed) for length, seeds, names in TIERS for seed in seeds for name in names.split()]
     if question == "clutter":
         return [Run(score, 0, CLUTTER_EPOCHS, seed) for seed in SEEDS for score in CLUTTER_SCORES]
-    chosen = current_choice()
-    names = [item["setting"] for item in chosen["settings"]] if chosen else []
+    chosen, names = current_choice(), list(tested_keep_ratios())
     paired_seeds = chosen["seeds"] if chosen else []
     if question == "1":
         return [Run(name, *MANY_PASSES, seed) for seed in paired_seeds for name in ("dense", *names)]
@@ -315,9 +314,8 @@ def checks_of(run: Run) -> dict[str, tuple[str, list[str]]]:
             checks["top1_more"] = ("held_out", ["--keep-ratio", more])
         if run.config().of_phase(-1).skip != spans:  # it ends on all tokens
             checks["top1_skip"] = ("held_out", ["--keep-ratio", str(spans[0].keep_ratio)])
-    chosen = current_choice()
-    if chosen and run in runs_of("1"):
-        kept = {item["setting"]: item["tested_keep_ratio"] for item in chosen["settings"]}.get(run.setting)
+    if run in runs_of("1"):
+        kept = tested_keep_ratios().get(run.setting)
         checks["test_top1"] = ("test", ["--keep-ratio", str(kept)] if kept else [])
     return checks
 
@@ -493,25 +491,29 @@ def current_choice() -> Optional[dict[str, Any]]:
     return next((item for item in choices() if "given_up" not in item), None)
 
 
+def tested_keep_ratios() -> dict[str, Optional[float]]:
+    """The settings that question 1 is about, and what each keeps at test; None: as trained."""
+    chosen = current_choice()
+    return {item["setting"]: item["tested_keep_ratio"] for item in chosen["settings"]} if chosen else {}
+
+
 def choose(names: Sequence[str]) -> None:
     """Record settings that question 1 holds against dense, before any of their runs; as SETTING@RATIO if tested so.
 
     While its answer is not told, others may join them, on the same seeds: they share dense's runs.
     """
-    items, chosen = choices(), current_choice()
-    if chosen and answered():
-        raise UserError(f"{CHOSEN}: question 1 is answered, about {names_of(chosen)}; that stays")
-    if chosen is None:
+    check_unanswered()
+    items = choices()
+    if not current_choice():
         first = FIRST_PAIRED_SEED + PAIRS * len(items)
-        chosen = {"settings": [], **MANY_PASSES._asdict(), "seeds": list(range(first, first + PAIRS))}
-        items.append(chosen)
-    settings = items[-1]["settings"]
+        items.append({"settings": [], **MANY_PASSES._asdict(), "seeds": list(range(first, first + PAIRS))})
+    settings, seeds = items[-1]["settings"], items[-1]["seeds"]
     for name, _, kept in (text.partition("@") for text in names):
         if name not in SETTINGS or not SETTINGS[name]["skip"]:
             raise UserError(f"{name}: is no setting with skipping; there are {', '.join(SETTINGS)}")
         if name in {item["setting"] for item in settings}:
             raise UserError(f"{name}: is chosen already, and each is tested in one way")
-        if any(Run(name, *MANY_PASSES, seed).record.exists() for seed in chosen["seeds"]):
+        if any(Run(name, *MANY_PASSES, seed).record.exists() for seed in seeds):
             raise UserError(f"{name}: has runs on question 1's seeds already, which did not look at the test images")
         ratios = [ratio for ratio in (more_at_test(SETTINGS[name]), "1") if ratio]
         if kept and kept not in ratios:
@@ -524,14 +526,11 @@ def choose(names: Sequence[str]) -> None:
     tables()
 
 
-def answered() -> bool:
-    """Whether all of question 1's runs are in."""
-    return all(run.record.exists() for run in runs_of("1"))
-
-
-def names_of(chosen: dict[str, Any]) -> str:
-    """The settings of a choice."""
-    return " and ".join(item["setting"] for item in chosen["settings"])
+def check_unanswered() -> None:
+    """Refuse to change the choice once all of question 1's runs are in."""
+    runs = runs_of("1")
+    if runs and all(run.record.exists() for run in runs):
+        raise UserError(f"{CHOSEN}: question 1 is answered, about {' and '.join(tested_keep_ratios())}; that stays")
 
 
 def give_up(reason: str) -> None:
@@ -539,8 +538,7 @@ def give_up(reason: str) -> None:
     items = choices()
     if not current_choice():
         raise UserError(f"{CHOSEN}: there is no choice to give up")
-    if answered():
-        raise UserError(f"{CHOSEN}: question 1 is answered, about {names_of(items[-1])}; that stays")
+    check_unanswered()
     items[-1]["given_up"] = reason
     write(CHOSEN, (json.dumps(items, indent=1) + "\n").encode())
     tables()
@@ -633,9 +631,7 @@ def describe(setting: dict[str, Any]) -> str:
 
 def meant_top1(item: dict[str, Any]) -> float:
     """Held-out Top-1 as the setting is meant to be tested: TREAD's on all tokens, a chosen one's as chosen."""
-    chosen = current_choice()
-    kept = {one["setting"]: one["tested_keep_ratio"] for one in chosen["settings"]} if chosen else {}
-    ratio = {"tread": 1.0, **kept}.get(item["setting"])
+    ratio = {"tread": 1.0, **tested_keep_ratios()}.get(item["setting"])
     return item["top1" if ratio is None else "top1_no_skip" if ratio == 1 else "top1_more"]
 
 
@@ -671,7 +667,7 @@ def verdict_in_words() -> str:
     done = sum(run.record.exists() for run in runs)
     if done < len(runs):
         return f"{choice_in_words()} Of {len(runs)} runs {done} are in; what they saw is told when all are."
-    names = [item["setting"] for item in chosen["settings"]]
+    names = list(tested_keep_ratios())
     of_seeds = [[known[run] for run in runs if run.seed == seed] for seed in chosen["seeds"]]  # dense is the first
     tops = np.array([[record["test_top1"] for record in records_of_seed] for records_of_seed in of_seeds])
     differences = tops[:, 1:] - tops[:, :1]

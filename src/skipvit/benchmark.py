@@ -109,8 +109,6 @@ def _parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     for name in ("steps", "warmup", "processes"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name}: {getattr(arguments, name)} is below 1; give 1 or more")
-    if arguments.against and arguments.against != "mindcv":
-        _command(arguments.against)
     return arguments
 
 
@@ -288,11 +286,11 @@ def _quartiles(values: Sequence[float], digits: int) -> tuple[float, float, floa
 
 def compare(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
     """Dense, skip and, where asked for, a third, in turn."""
+    command = _command(arguments.against) if arguments.against not in (None, "mindcv") else None
     skip = Contender("skip", config, "own")  # first, so that its first step has the machine to itself
     dense = Contender("dense", config.replace(skip=()), "own")
     contenders = [dense, skip]
     if arguments.against:
-        command = None if arguments.against == "mindcv" else _command(arguments.against)
         contenders.append(Contender(arguments.against, config.replace(skip=()), "mindcv", command))
     try:
         take_turns(contenders, arguments.warmup, arguments.steps)

@@ -361,18 +361,26 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def unreadable_file(folder: ImageFolder, sample: int, masks: Optional[Path]) -> tuple[Path, str]:
-    """Which file of a sample that counts as unreadable is, the image or its mask, and the reason with its path.
+def unreadable_file(folder: ImageFolder, sample: int, masks: Optional[Path]) -> Path:
+    """Which file of a sample that counts as unreadable is: the image, or its mask where the image can be read."""
+    image = folder.path(sample)
+    if masks is None or _reason(image):
+        return image
+    mask = mask_path(masks, folder.names[sample])
+    return mask if _reason(mask) else image
 
-    They are read again, as workers hand back only which samples they could not read.
-    """
-    paths = [folder.path(sample)] + ([mask_path(masks, folder.names[sample])] if masks is not None else [])
-    for path in paths:
-        try:
-            open_image(path)
-        except UnreadableImage as error:
-            return path, str(error)
-    return paths[0], f"{paths[0]}: could not be read at first, though it can be now"
+
+def why_unreadable(path: Path) -> str:
+    """The reason, the file read again: workers hand back only which samples they could not read."""
+    return _reason(path) or f"{path}: could not be read at first, though it can be now"
+
+
+def _reason(path: Path) -> Optional[str]:
+    try:
+        open_image(path)
+    except UnreadableImage as error:
+        return str(error)
+    return None
 
 
 # ------------------------------------------------------------------------------------------------- one image
@@ -905,13 +913,13 @@ class UnreadableCount:
         self.samples.update(new)
         share = len(self.samples) / len(self.folder)
         if share > self.max_share or share == 1:
-            found = [unreadable_file(self.folder, sample, self.masks) for sample in sorted(self.samples)]
+            names = [str(unreadable_file(self.folder, sample, self.masks)) for sample in sorted(self.samples)]
             raise UserError(
-                f"data.train: {len(found)} of {len(self.folder)} images cannot be read ({share:.2%}; "
-                f"data.max_unreadable_share allows {self.max_share:.2%}): "
-                f"{first_names([str(path) for path, _ in found])}; {found[0][1]}"
+                f"data.train: {len(names)} of {len(self.folder)} images cannot be read ({share:.2%}; "
+                f"data.max_unreadable_share allows {self.max_share:.2%}): {first_names(names)}; "
+                f"{why_unreadable(Path(names[0]))}"
             )
-        return [str(unreadable_file(self.folder, sample, self.masks)[0]) for sample in new]
+        return [str(unreadable_file(self.folder, sample, self.masks)) for sample in new]
 
 
 class EvalBatches:
@@ -1004,7 +1012,7 @@ class EvalBatches:
         """
         samples = self.samples(index)[np.asarray(labels) < 0].tolist()
         if samples and not self.skip_unreadable:
-            _, reason = unreadable_file(self.folder, samples[0], self.masks)
+            reason = why_unreadable(unreadable_file(self.folder, samples[0], self.masks))
             raise UserError(f"{reason}; mend or remove it (or evaluate with --skip-unreadable)")
         return samples
 

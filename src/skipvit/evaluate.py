@@ -131,7 +131,7 @@ def evaluate(
         top5=round(100.0 * top5 / images, 4),
         images=int(images),
         images_per_second=round(images / seconds, 1),
-        unreadable=[str(unreadable_file(folder, int(sample), source.masks)[0]) for sample in left_out],
+        unreadable=[str(unreadable_file(folder, int(sample), source.masks)) for sample in left_out],
         object_kept=round(kept_sum / with_object, 4) if with_object else None,
         random_kept=round(kept_count / config.model.num_patches, 4) if with_object else None,
     )
