@@ -81,13 +81,22 @@ def speed() -> str:
         ("… without mixup and cutmix, which that has not", "input_speed_up_unmixed", images, "{:.2f}x"),
         ("… and that left in bytes too, as ours are", "input_speed_up_unmixed", as_bytes, "{:.2f}x"),
     ]
-    lines = ["| figure | | command |", "| --- | --- | --- |"]
+    lines = ["| figure | | quartiles | command |", "| --- | --- | --- | --- |"]
     for label, key, result, form in rows:
-        value = result
-        for part in key.split("."):
-            value = value[part]
-        lines.append(f"| {label} | {form.format(value)} | {command_of(result)} |")
+        *path, last = key.split(".")
+        of = result
+        for part in path:
+            of = of[part]
+        spread = " to ".join(form.format(value) for value in quartiles(of, last))
+        lines.append(f"| {label} | {form.format(of[last])} | {spread} | {command_of(result)} |")
     return "\n".join(lines)
+
+
+def quartiles(of: dict[str, Any], key: str) -> list[float]:
+    """Of a figure, over the rounds of its run; none of what is measured once."""
+    if key == "efficiency":
+        return [value / of["bound"] for value in of["speed_up_quartiles"]]
+    return of["quartiles"] if key == "ratio" else of.get(f"{key}_quartiles", [])
 
 
 def command_of(result: dict[str, Any]) -> str:

@@ -40,3 +40,11 @@ def test_a_changed_figure_changes_the_readme(tmp_path, monkeypatch):
     readme = (ROOT / "README.md").read_text()
     assert "12.34% of" in make.filled(readme)
     assert make.filled(make.filled(readme)) == make.filled(readme)
+
+
+def test_a_figure_has_the_quartiles_of_its_rounds():
+    of = {"speed_up": 1.8, "speed_up_quartiles": [1.6, 2.0], "bound": 2.0, "efficiency": 0.9, "peak_memory_ratio": 0.7}
+    assert make.quartiles(of, "speed_up") == [1.6, 2.0]
+    assert make.quartiles(of, "efficiency") == [0.8, 1.0]
+    assert make.quartiles({"ratio": 1.5, "quartiles": [1.4, 1.6]}, "ratio") == [1.4, 1.6]
+    assert make.quartiles(of, "peak_memory_ratio") == []
