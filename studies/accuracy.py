@@ -14,8 +14,8 @@ against cost, and `clutter` shows what each score keeps of the object. A run tha
 what is done is in `results/study`, one JSON a run, and is not run again. WORK, outside the repository, holds images and
 the runs' folders. Settings are compared on held-out images. The test images are for the runs of question 1 alone, which
 there are none of before the choice is written down, and each of which looks once, at its end; what they saw is told
-when all of them have ended. A choice that is given up before that stays on record, with the reason, and the next one
-has seeds of its own.
+when all of a setting's and of dense's have ended. A choice that is given up before that stays on record, with the
+reason, and the next one has seeds of its own.
 """
 
 import dataclasses
@@ -500,10 +500,9 @@ def tested_keep_ratios() -> dict[str, Optional[float]]:
 def choose(names: Sequence[str]) -> None:
     """Record settings that question 1 holds against dense, before any of their runs; as SETTING@RATIO if tested so.
 
-    While its answer is not told, others may join them, on the same seeds: they share dense's runs.
+    Others may join them, on the same seeds: they share dense's runs. What was told by then is recorded with them.
     """
-    check_unanswered()
-    items = choices()
+    items, told = choices(), answered()
     if not current_choice():
         first = FIRST_PAIRED_SEED + PAIRS * len(items)
         items.append({"settings": [], **MANY_PASSES._asdict(), "seeds": list(range(first, first + PAIRS))})
@@ -521,24 +520,25 @@ def choose(names: Sequence[str]) -> None:
             raise UserError(f"{name}@{kept}: was not tried on held-out images; give {known}")
         keep_ratio = float(kept) if kept else None
         date = datetime.date.today().isoformat()
-        settings.append({"setting": name, "recipe": SETTINGS[name], "tested_keep_ratio": keep_ratio, "date": date})
+        one = {"setting": name, "recipe": SETTINGS[name], "tested_keep_ratio": keep_ratio, "date": date}
+        settings.append({**one, "told_before": told})
     write(CHOSEN, (json.dumps(items, indent=1) + "\n").encode())
     tables()
 
 
-def check_unanswered() -> None:
-    """Refuse to change the choice once all of question 1's runs are in."""
-    runs = runs_of("1")
-    if runs and all(run.record.exists() for run in runs):
-        raise UserError(f"{CHOSEN}: question 1 is answered, about {' and '.join(tested_keep_ratios())}; that stays")
+def answered() -> list[str]:
+    """The chosen settings that question 1 is answered about: all of their runs are in, and all of dense's."""
+    missing = {run.setting for run in runs_of("1") if not run.record.exists()}
+    return [name for name in tested_keep_ratios() if not {name, "dense"} & missing]
 
 
 def give_up(reason: str) -> None:
-    """Record why question 1 is about what was chosen no longer, which its whole answer would rule out."""
+    """Record why question 1 is about what was chosen no longer, which an answer rules out."""
     items = choices()
     if not current_choice():
         raise UserError(f"{CHOSEN}: there is no choice to give up")
-    check_unanswered()
+    if answered():
+        raise UserError(f"{CHOSEN}: question 1 is answered, about {' and '.join(answered())}; that stays")
     items[-1]["given_up"] = reason
     write(CHOSEN, (json.dumps(items, indent=1) + "\n").encode())
     tables()
@@ -660,15 +660,17 @@ def cost_table() -> str:
 
 
 def verdict_in_words() -> str:
-    """Question 1: the paired differences on the test images, once all runs are in."""
-    chosen, runs, known = current_choice(), runs_of("1"), records()
-    if not chosen:
-        return choice_in_words()
-    done = sum(run.record.exists() for run in runs)
+    """Question 1: the paired differences on the test images, of each setting whose runs are all in."""
+    chosen, runs, names, known = current_choice(), runs_of("1"), answered(), records()
+    said, done = choice_in_words(), sum(run.record.exists() for run in runs)
     if done < len(runs):
-        return f"{choice_in_words()} Of {len(runs)} runs {done} are in; what they saw is told when all are."
-    names = list(tested_keep_ratios())
-    of_seeds = [[known[run] for run in runs if run.seed == seed] for seed in chosen["seeds"]]  # dense is the first
+        said += f" Of {len(runs)} runs {done} are in; what they saw is told when all of a setting's and dense's are."
+    if not chosen or not names:
+        return said
+    of_seeds = [
+        [known[Run(name, *MANY_PASSES, seed)] for name in ("dense", *names)]  # dense is the first
+        for seed in chosen["seeds"]
+    ]
     tops = np.array([[record["test_top1"] for record in records_of_seed] for records_of_seed in of_seeds])
     differences = tops[:, 1:] - tops[:, :1]
     rows = [
@@ -685,7 +687,7 @@ def verdict_in_words() -> str:
     ]
     header = ["seed", "dense", *(text for name in names for text in (f"`{name}`", "difference"))]
     return (
-        f"{choice_in_words()} Test images: all 10,000; with the 95% interval. Training cost of dense: "
+        f"{said} Test images: all 10,000; with the 95% interval. Training cost of dense: "
         f"{'; '.join(in_words)}.\n\n{table(header, rows)}"
     )
 
@@ -698,7 +700,11 @@ def choice_in_words() -> str:
         for one in item["settings"]:
             kept = one["tested_keep_ratio"]
             tested = f"{kept:.0%} of the tokens kept" if kept else "skipping as trained"
-            settings.append(f"on {one['date']} `{one['setting']}` ({describe(one['recipe'])}), tested with {tested}")
+            told = " and ".join(f"`{name}`" for name in one.get("told_before", []))
+            settings.append(
+                f"on {one['date']} `{one['setting']}` ({describe(one['recipe'])}), tested with {tested}"
+                + (f", when the answer about {told} was known" if told else "")
+            )
         parts.append(
             f"Chosen by the held-out images: {'; '.join(settings)}; against dense, {item['epochs']} "
             f"epochs of {item['images']:,} images, seeds {item['seeds'][0]} to {item['seeds'][-1]}."

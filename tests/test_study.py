@@ -134,8 +134,11 @@ def test_what_was_chosen_stays_or_is_given_up_with_a_reason(place):
         record(run, 50.0, test_top1=60.0)
     with pytest.raises(UserError, match="question 1 is answered, about paper; that stays"):
         study.give_up("the answer does not please")
-    with pytest.raises(UserError, match="question 1 is answered, about paper; that stays"):
-        study.choose(["corner"])
+    study.choose(["corner"])
+    readme = study.README.read_text()
+    assert "tested with skipping as trained, when the answer about `paper` was known; against dense" in readme
+    assert "| mean | 60.00 | 60.00 | +0.00 (+0.00 to +0.00) |" in readme, "an answer stays when another is asked for"
+    assert "Of 30 runs 20 are in" in readme
     assert "99.0" not in study.README.read_text() + study.LOG.read_text()
 
 
@@ -270,19 +273,23 @@ def test_the_test_images_are_for_the_runs_of_what_was_chosen(place, monkeypatch)
 
 def test_the_verdict_is_told_when_all_of_its_runs_are_in(place):
     assert study.verdict_in_words() == "Nothing is chosen for question 1 now."
+    assert study.answered() == []
     study.choose(["corner", "keep10@0.2"])
     runs = study.runs_of("1")
     assert [run.setting for run in runs[:3]] == ["dense", "corner", "keep10"]
     less = {"dense": 0.0, "corner": -0.5, "keep10": -2.0}
-    for run in runs[:-1]:
-        record(run, 50.0, test_top1=60.0 + 0.1 * (run.seed - 100) + less[run.setting])
-    study.tables()
-    readme = study.README.read_text()
-    assert "Of 30 runs 29 are in" in readme
-    assert "60." not in readme
-    record(runs[-1], 50.0, test_top1=60.9 - 2.0)
-    study.tables()
-    readme = study.README.read_text()
+    *most, dense, corner, keep10 = runs
+    stages = ((most, []), ([corner], []), ([dense], ["corner"]), ([keep10], ["corner", "keep10"]))
+    for come_in, told in stages:
+        for run in come_in:
+            record(run, 50.0, test_top1=60.0 + 0.1 * (run.seed - 100) + less[run.setting])
+        assert study.answered() == told
+        study.tables()
+        readme = study.README.read_text()
+        assert ("| mean | 60.45 |" in readme) == bool(told)
+        assert ("60." in readme) == bool(told)
+        assert ("58.45" in readme) == ("keep10" in told)
+    assert "Of 30 runs" not in readme
     assert "| 100 | 60.00 | 59.50 | -0.50 | 58.00 | -2.00 |" in readme
     assert "| mean | 60.45 | 59.95 | -0.50 (-0.50 to -0.50) | 58.45 | -2.00 (-2.00 to -2.00) |" in readme
     assert re.search(r"`corner` 0\.\d\d of the FLOPs, not measured of the time; `keep10` 0\.\d\d of", readme), (
