@@ -520,8 +520,15 @@ def choose(names: Sequence[str]) -> None:
             raise UserError(f"{name}@{kept}: was not tried on held-out images; give {known}")
         keep_ratio = float(kept) if kept else None
         date = datetime.date.today().isoformat()
-        one = {"setting": name, "recipe": SETTINGS[name], "tested_keep_ratio": keep_ratio, "date": date}
-        settings.append({**one, "told_before": told})
+        settings.append(
+            {
+                "setting": name,
+                "recipe": SETTINGS[name],
+                "tested_keep_ratio": keep_ratio,
+                "date": date,
+                "told_before": told,
+            }
+        )
     write(CHOSEN, (json.dumps(items, indent=1) + "\n").encode())
     tables()
 
@@ -567,6 +574,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
 
 
+def link(run: Run) -> str:
+    """A run's setting, and where README finds its record."""
+    return f"[`{run.setting}`](results/study/{run.name}.json)"
+
+
 def costs(ours: dict[str, Any], dense: dict[str, Any]) -> list[str]:
     """A run's FLOPs and time by measured steps, as shares of a dense run's."""
     seconds = [seconds_of(record, step_times()) for record in (ours, dense)]
@@ -595,7 +607,7 @@ def settings_table(length: Length) -> str:
         differences = [item["top1"] - other["top1"] for item, other in zip(ours, dense)]
         rows.append(
             [
-                f"[`{name}`](results/study/{Run(name, *length, seeds[0]).name}.json)",
+                link(Run(name, *length, seeds[0])),
                 describe(SETTINGS[name]),
                 *costs(ours[0], dense[0]),
                 f"{np.mean([item['top1'] for item in ours]):.2f}",
@@ -661,22 +673,20 @@ def cost_table() -> str:
 
 def verdict_in_words() -> str:
     """Question 1: the paired differences on the test images, of each setting whose runs are all in."""
-    chosen, runs, names, known = current_choice(), runs_of("1"), answered(), records()
+    runs, names, known = runs_of("1"), answered(), records()
     said, done = choice_in_words(), sum(run.record.exists() for run in runs)
     if done < len(runs):
         said += f" Of {len(runs)} runs {done} are in; what they saw is told when all of a setting's and dense's are."
-    if not chosen or not names:
+    if not names:
         return said
-    of_seeds = [
-        [known[Run(name, *MANY_PASSES, seed)] for name in ("dense", *names)]  # dense is the first
-        for seed in chosen["seeds"]
-    ]
+    seeds = sorted({run.seed for run in runs})
+    of_seeds = [[known[Run(name, *MANY_PASSES, seed)] for name in ("dense", *names)] for seed in seeds]
     tops = np.array([[record["test_top1"] for record in records_of_seed] for records_of_seed in of_seeds])
     differences = tops[:, 1:] - tops[:, :1]
     rows = [
         [str(seed), f"{of_seed[0]:.2f}"]
         + [text for pair in zip(of_seed[1:], less) for text in (f"{pair[0]:.2f}", f"{pair[1]:+.2f}")]
-        for seed, of_seed, less in zip(chosen["seeds"], tops, differences)
+        for seed, of_seed, less in zip(seeds, tops, differences)
     ]
     means = [text for top1, less in zip(tops.T[1:], differences.T) for text in (f"{top1.mean():.2f}", interval(less))]
     rows.append(["mean", f"{tops[:, 0].mean():.2f}", *means])
@@ -685,7 +695,8 @@ def verdict_in_words() -> str:
         f"`{name}` {flops} of the FLOPs, {time or 'not measured'} of the time"
         for name, (flops, time) in zip(names, spent)
     ]
-    header = ["seed", "dense", *(text for name in names for text in (f"`{name}`", "difference"))]
+    dense_link, *links = (link(Run(name, *MANY_PASSES, seeds[0])) for name in ("dense", *names))
+    header = ["seed", dense_link, *(text for each in links for text in (each, "difference"))]
     return (
         f"{said} Test images: all 10,000; with the 95% interval. Training cost of dense: "
         f"{'; '.join(in_words)}.\n\n{table(header, rows)}"
