@@ -66,7 +66,7 @@ def record(run, top1, **more):
 
 def test_every_setting_is_a_recipe_at_every_length():
     for name in study.SETTINGS:
-        for length in {study.FEW_PASSES, study.HALF_OF_THEM, *study.COST_LENGTHS}:
+        for length in {study.FEW_PASSES, study.HALF_OF_THEM, study.MOST_PASSES, *study.COST_LENGTHS}:
             config = study.Run(name, *length, 0).config()
             assert config.model.num_patches == 64
             assert sum(steps for _, steps in study.steps_of(config, 10)) == 10 * length.epochs
@@ -147,14 +147,15 @@ def test_held_out_images_are_none_of_the_training_images(place, archive, monkeyp
     monkeypatch.setattr(study, "CLASSES", 2)
     monkeypatch.setattr(study, "TEST_IMAGES", 4)
     monkeypatch.setattr(study, "FEW_PASSES", study.Length(8, 1))
-    monkeypatch.setattr(study, "MANY_PASSES", study.Length(2, 4))
+    monkeypatch.setattr(study, "MANY_PASSES", study.Length(4, 2))
+    monkeypatch.setattr(study, "MOST_PASSES", study.Length(2, 4))
     study.prepare(archive, place / "work")
     found = {
         str(path.relative_to(place / "work/cifar10")): path.read_text() for path in (place / "work").rglob("*.jpg")
     }
     assert found == {
         f"{part}/{name}/{n:04d}.jpg": f"cifar10/train/{name}/{n:04d}.jpg"
-        for part, numbers in (("held_out", (0, 1)), ("train_8", (2, 3, 4, 5)), ("train_2", (2,)))
+        for part, numbers in (("held_out", (0, 1)), ("train_8", (2, 3, 4, 5)), ("train_4", (2, 3)), ("train_2", (2,)))
         for name in ("crow", "owl")
         for n in numbers
     } | {f"test/{name}/{n:04d}.jpg": f"cifar10/test/{name}/{n:04d}.jpg" for name in ("crow", "owl") for n in (0, 1)}
