@@ -137,6 +137,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "random_each_block": {"skip": [span(block, block + 1, 0.45, "random") for block in range(3, 11)]},
     "chosen_thrice": {"skip": [span(start, start + 2, 0.25) for start in (3, 6, 9)]},
     "random25": {"skip": span(3, 11, 0.25, "random")},
+    # Tokens that skip do not come back, so that blocks behind do not learn to read a mixture, and all of them may be
+    # used at test: by chance as PatchDropout has it (arXiv 2208.07220, there before block 0), or as EViT, with less kept.
+    "random_end12": {"skip": span(3, 12, 0.45, "random")},
+    "evit55": {
+        "skip": [
+            span(4, 7, 0.55, skipped="fuse"),
+            span(7, 10, 0.3, skipped="fuse"),
+            span(10, 12, 0.17, skipped="fuse"),
+        ]
+    },
     # As dear as `random`, where TREAD skips: the last third of the blocks computes on all tokens.
     "middle25": {"skip": span(2, 8, 0.25)},
     "middle25_random": {"skip": span(2, 8, 0.25, "random")},
@@ -177,7 +187,7 @@ OTHERS = ("evit", "tread")
 # Question 2's, the most informative first: length, seeds, and settings, all of which run on one seed before the next.
 TIERS = (
     (HALF_OF_THEM, SEEDS, "dense paper corner keep25 start1 random corner_random corner_full_end"),
-    (MANY_PASSES, SEEDS, "dense random paper random25 middle25_random middle25 random25_full_end"),
+    (MANY_PASSES, SEEDS, "dense random paper random25 random_end12 evit55 middle25_random middle25 random25_full_end"),
     (MOST_PASSES, SEEDS, "dense random random25"),
     (MANY_PASSES, SEEDS, "random_small_images_first random10_first"),
     (
