@@ -138,7 +138,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "chosen_thrice": {"skip": [span(start, start + 2, 0.25) for start in (3, 6, 9)]},
     "random25": {"skip": span(3, 11, 0.25, "random")},
     # Tokens that skip do not come back, so that blocks behind do not learn to read a mixture, and all of them may be
-    # used at test: by chance as PatchDropout has it (arXiv 2208.07220, there before block 0), or as EViT, with less kept.
+    # used at test: by chance as PatchDropout (arXiv 2208.07220, there before block 0), or as EViT, with fewer kept.
     "random_end12": {"skip": span(3, 12, 0.45, "random")},
     "evit55": {
         "skip": [
@@ -425,7 +425,7 @@ def measure(groups_of: int, warmup: int, steps: int) -> None:
             for contender in contenders:
                 contender.close()
         known["ratios"][shape_of(dense)] = 1.0
-        known["environment"] = benchmark.surroundings(dense)
+        known["environments"].append(benchmark.surroundings(dense))
         RESULTS.mkdir(parents=True, exist_ok=True)
         STEP_TIMES.write_text(json.dumps(known, indent=1) + "\n")
         print(f"{min(first + groups_of, len(missing))} of {len(missing)} shapes measured", flush=True)
@@ -440,8 +440,12 @@ def seconds_of(record: dict[str, Any], times: dict[str, Any]) -> Optional[float]
 
 
 def step_times() -> dict[str, Any]:
-    """What `time` has measured so far: by shape the ratio to dense, and dense's ms in each group."""
-    return json.loads(STEP_TIMES.read_text()) if STEP_TIMES.exists() else {"ratios": {}, "dense_ms": []}
+    """What `time` has measured so far: by shape the ratio to dense, and of each group dense's ms and the machine."""
+    return (
+        json.loads(STEP_TIMES.read_text())
+        if STEP_TIMES.exists()
+        else {"ratios": {}, "dense_ms": [], "environments": []}
+    )
 
 
 # ------------------------------------------------------------------------------------------------ images, choice
