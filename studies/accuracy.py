@@ -4,7 +4,7 @@
   python studies/accuracy.py plan [--question Q]                            every run, and which are done
   python studies/accuracy.py run --work WORK [--question Q] [--limit N]     the next missing runs, one on each core
   python studies/accuracy.py time                                           step times of all runs' shapes, interleaved
-  python studies/accuracy.py choose SETTING[@KEEP] ...                      what question 1 is about, and keeps at test
+  python studies/accuracy.py choose SETTING[@KEEP] ... [--epochs E]         what question 1 is about, and keeps at test
   python studies/accuracy.py give-up REASON                                 the choice, before its runs have ended
   python studies/accuracy.py tables                                         tables and pictures in README and docs
 
@@ -15,7 +15,7 @@ what is done is in `results/study`, one JSON a run, and is not run again. WORK, 
 the runs' folders. Settings are compared on held-out images. The test images are for the runs of question 1 alone, which
 there are none of before the choice is written down, and each of which looks once, at its end; what they saw is told
 when all of a setting's and of dense's have ended. A choice that is given up before that stays on record, with the
-reason, and the next one has seeds of its own.
+reason; the next one has seeds of its own, and so has one at another length.
 """
 
 import dataclasses
@@ -257,14 +257,13 @@ def runs_of(question: str) -> list[Run]:
         return [Run(name, *length, seed) for length, seeds, names in TIERS for seed in seeds for name in names.split()]
     if question == "clutter":
         return [Run(score, 0, CLUTTER_EPOCHS, seed) for seed in SEEDS for score in CLUTTER_SCORES]
-    chosen, names = current_choice(), list(tested_keep_ratios())
-    paired_seeds = chosen["seeds"] if chosen else []
     if question == "1":
-        return [Run(name, *MANY_PASSES, seed) for seed in paired_seeds for name in ("dense", *names)]
-    methods = dict.fromkeys(("dense", *OTHERS, *names))
+        return [run for choice in current_choices() for run in runs_of_choice(choice)]
+    chosen = choice_of(MANY_PASSES)
+    methods = dict.fromkeys(("dense", *OTHERS, *tested_keep_ratios(chosen)))
     seeds = {length: SEEDS for length in COST_LENGTHS if length != MANY_PASSES}
     if chosen:
-        seeds[MANY_PASSES] = paired_seeds  # the longest share question 1's runs, and wait for the choice as those do
+        seeds[MANY_PASSES] = chosen["seeds"]  # the longest share question 1's runs, and wait for the choice as those do
     return [
         Run(name, *length, of_length[i])
         for i in range(len(SEEDS))
@@ -326,8 +325,9 @@ def checks_of(run: Run) -> dict[str, tuple[str, list[str]]]:
             checks["top1_more"] = ("held_out", ["--keep-ratio", more])
         if run.config().of_phase(-1).skip != spans:  # it ends on all tokens
             checks["top1_skip"] = ("held_out", ["--keep-ratio", str(spans[0].keep_ratio)])
-    if run in runs_of("1"):
-        kept = tested_keep_ratios().get(run.setting)
+    chosen = choice_of(Length(run.images, run.epochs))
+    if chosen and run in runs_of_choice(chosen):
+        kept = tested_keep_ratios(chosen).get(run.setting)
         checks["test_top1"] = ("test", ["--keep-ratio", str(kept)] if kept else [])
     return checks
 
@@ -498,50 +498,65 @@ def write(path: Path, content: bytes) -> None:
 
 
 def choices() -> list[dict[str, Any]]:
-    """What was ever chosen for question 1; all but the last, if not that too, were given up."""
+    """What was ever chosen for question 1."""
     return json.loads(CHOSEN.read_text()) if CHOSEN.exists() else []
 
 
-def current_choice() -> Optional[dict[str, Any]]:
-    """What question 1 is about."""
-    return next((item for item in choices() if "given_up" not in item), None)
+def current_choices() -> list[dict[str, Any]]:
+    """What question 1 is about, one choice a length: those that were not given up."""
+    return [choice for choice in choices() if "given_up" not in choice]
 
 
-def tested_keep_ratios() -> dict[str, Optional[float]]:
-    """The settings that question 1 is about, and what each keeps at test; None: as trained."""
-    chosen = current_choice()
-    return {item["setting"]: item["tested_keep_ratio"] for item in chosen["settings"]} if chosen else {}
+def choice_of(length: Length) -> Optional[dict[str, Any]]:
+    """What question 1 is about at this length."""
+    return next((choice for choice in current_choices() if length_of(choice) == length), None)
 
 
-def choose(names: Sequence[str]) -> None:
+def length_of(choice: dict[str, Any]) -> Length:
+    """How long its runs train."""
+    return Length(choice["images"], choice["epochs"])
+
+
+def tested_keep_ratios(choice: Optional[dict[str, Any]]) -> dict[str, Optional[float]]:
+    """A choice's settings, and what each keeps at test; None: as trained."""
+    return {item["setting"]: item["tested_keep_ratio"] for item in choice["settings"]} if choice else {}
+
+
+def runs_of_choice(choice: dict[str, Any]) -> list[Run]:
+    """Its runs, pair by pair."""
+    names = ("dense", *tested_keep_ratios(choice))
+    return [Run(name, *length_of(choice), seed) for seed in choice["seeds"] for name in names]
+
+
+def choose(names: Sequence[str], length: Length) -> None:
     """Record settings that question 1 holds against dense, before any of their runs; as SETTING@RATIO if tested so.
 
     Others may join them, on the same seeds: they share dense's runs. What was told by then is recorded with them.
     """
-    items, told = choices(), answered()
-    if not current_choice():
+    items = choices()
+    item = next((one for one in items if "given_up" not in one and length_of(one) == length), None)
+    if item is None:
         first = FIRST_PAIRED_SEED + PAIRS * len(items)
-        items.append({"settings": [], **MANY_PASSES._asdict(), "seeds": list(range(first, first + PAIRS))})
-    settings, seeds = items[-1]["settings"], items[-1]["seeds"]
+        item = {"settings": [], **length._asdict(), "seeds": list(range(first, first + PAIRS))}
+        items.append(item)
+    settings, told = item["settings"], answered(item)
     for name, _, kept in (text.partition("@") for text in names):
         if name not in SETTINGS or not SETTINGS[name]["skip"]:
             raise UserError(f"{name}: is no setting with skipping; there are {', '.join(SETTINGS)}")
-        if name in {item["setting"] for item in settings}:
+        if name in {one["setting"] for one in settings}:
             raise UserError(f"{name}: is chosen already, and each is tested in one way")
-        if any(Run(name, *MANY_PASSES, seed).record.exists() for seed in seeds):
+        if any(Run(name, *length, seed).record.exists() for seed in item["seeds"]):
             raise UserError(f"{name}: has runs on question 1's seeds already, which did not look at the test images")
         ratios = [ratio for ratio in (more_at_test(SETTINGS[name]), "1") if ratio]
         if kept and kept not in ratios:
             known = " or ".join([name, *(f"{name}@{ratio}" for ratio in ratios)])
             raise UserError(f"{name}@{kept}: was not tried on held-out images; give {known}")
-        keep_ratio = float(kept) if kept else None
-        date = datetime.date.today().isoformat()
         settings.append(
             {
                 "setting": name,
                 "recipe": SETTINGS[name],
-                "tested_keep_ratio": keep_ratio,
-                "date": date,
+                "tested_keep_ratio": float(kept) if kept else None,
+                "date": datetime.date.today().isoformat(),
                 "told_before": told,
             }
         )
@@ -549,19 +564,20 @@ def choose(names: Sequence[str]) -> None:
     tables()
 
 
-def answered() -> list[str]:
-    """The chosen settings that question 1 is answered about: all of their runs are in, and all of dense's."""
-    missing = {run.setting for run in runs_of("1") if not run.record.exists()}
-    return [name for name in tested_keep_ratios() if not {name, "dense"} & missing]
+def answered(choice: dict[str, Any]) -> list[str]:
+    """Its settings that question 1 is answered about: all of their runs are in, and all of dense's."""
+    missing = {run.setting for run in runs_of_choice(choice) if not run.record.exists()}
+    return [name for name in tested_keep_ratios(choice) if not {name, "dense"} & missing]
 
 
 def give_up(reason: str) -> None:
-    """Record why question 1 is about what was chosen no longer, which an answer rules out."""
+    """Record why question 1 is no longer about the newest choice, which an answer rules out."""
     items = choices()
-    if not current_choice():
+    if not items or "given_up" in items[-1]:
         raise UserError(f"{CHOSEN}: there is no choice to give up")
-    if answered():
-        raise UserError(f"{CHOSEN}: question 1 is answered, about {' and '.join(answered())}; that stays")
+    told = answered(items[-1])
+    if told:
+        raise UserError(f"{CHOSEN}: question 1 is answered, about {' and '.join(told)}; that stays")
     items[-1]["given_up"] = reason
     write(CHOSEN, (json.dumps(items, indent=1) + "\n").encode())
     tables()
@@ -659,7 +675,7 @@ def describe(setting: dict[str, Any]) -> str:
 
 def meant_top1(item: dict[str, Any]) -> float:
     """Held-out Top-1 as the setting is meant to be tested: TREAD's on all tokens, a chosen one's as chosen."""
-    ratio = {"tread": 1.0, **tested_keep_ratios()}.get(item["setting"])
+    ratio = {"tread": 1.0, **tested_keep_ratios(choice_of(MANY_PASSES))}.get(item["setting"])
     return item["top1" if ratio is None else "top1_no_skip" if ratio == 1 else "top1_more"]
 
 
@@ -687,16 +703,24 @@ def cost_table() -> str:
     return table(["method", "minutes", "Top-1", "seeds' range", "seeds"], rows) if rows else "No run yet."
 
 
-def verdict_in_words() -> str:
-    """Question 1: the paired differences on the test images, of each setting whose runs are all in."""
-    runs, names, known = runs_of("1"), answered(), records()
-    said, done = choice_in_words(), sum(run.record.exists() for run in runs)
+def verdicts() -> str:
+    """Question 1: what was chosen, the newest first, each choice with its answer."""
+    return "\n\n".join([*nothing_chosen(), *(verdict_of(choice) for choice in reversed(choices()))])
+
+
+def verdict_of(choice: dict[str, Any]) -> str:
+    """The paired differences on the test images, of each of its settings whose runs are all in."""
+    said = choice_in_words(choice)
+    if "given_up" in choice:
+        return said
+    runs, names, known = runs_of_choice(choice), answered(choice), records()
+    done = sum(run.record.exists() for run in runs)
     if done < len(runs):
-        said += f" Of {len(runs)} runs {done} are in; what they saw is told when all of a setting's and dense's are."
+        said += f" Of {len(runs)} runs {done} are in; what they saw is told when all of a setting's and of dense's are."
     if not names:
         return said
-    seeds = sorted({run.seed for run in runs})
-    of_seeds = [[known[Run(name, *MANY_PASSES, seed)] for name in ("dense", *names)] for seed in seeds]
+    seeds, length = choice["seeds"], length_of(choice)
+    of_seeds = [[known[Run(name, *length, seed)] for name in ("dense", *names)] for seed in seeds]
     tops = np.array([[record["test_top1"] for record in records_of_seed] for records_of_seed in of_seeds])
     differences = tops[:, 1:] - tops[:, :1]
     rows = [
@@ -711,7 +735,7 @@ def verdict_in_words() -> str:
         f"`{name}` {flops} of the FLOPs, {time or 'not measured'} of the time"
         for name, (flops, time) in zip(names, spent)
     ]
-    dense_link, *links = (link(Run(name, *MANY_PASSES, seeds[0])) for name in ("dense", *names))
+    dense_link, *links = (link(Run(name, *length, seeds[0])) for name in ("dense", *names))
     header = ["seed", dense_link, *(text for each in links for text in (each, "difference"))]
     return (
         f"{said} Test images: all 10,000; with the 95% interval. Training cost of dense: "
@@ -719,27 +743,33 @@ def verdict_in_words() -> str:
     )
 
 
-def choice_in_words() -> str:
-    """What was chosen for question 1, and when, and what was given up."""
-    parts = []
-    for item in choices():
-        settings = []
-        for one in item["settings"]:
-            kept = one["tested_keep_ratio"]
-            tested = f"{kept:.0%} of the tokens kept" if kept else "skipping as trained"
-            told = " and ".join(f"`{name}`" for name in one.get("told_before", []))
-            settings.append(
-                f"on {one['date']} `{one['setting']}` ({describe(one['recipe'])}), tested with {tested}"
-                + (f", when the answer about {told} was known" if told else "")
-            )
-        parts.append(
-            f"Chosen by the held-out images: {'; '.join(settings)}; against dense, {item['epochs']} "
-            f"epochs of {item['images']:,} images, seeds {item['seeds'][0]} to {item['seeds'][-1]}."
-            + (f" Given up: {item['given_up']}." if "given_up" in item else "")
+def choice_in_words(choice: dict[str, Any]) -> str:
+    """What was chosen for question 1, and when, and why it was given up, if it was."""
+    settings = []
+    for one in choice["settings"]:
+        kept = one["tested_keep_ratio"]
+        tested = f"{kept:.0%} of the tokens kept" if kept else "skipping as trained"
+        told = " and ".join(f"`{name}`" for name in one.get("told_before", []))
+        settings.append(
+            f"on {one['date']} `{one['setting']}` ({describe(one['recipe'])}), tested with {tested}"
+            + (f", when the answer about {told} was known" if told else "")
         )
-    if not current_choice():
-        parts.append("Nothing is chosen for question 1 now.")
-    return " ".join(parts)
+    seeds = choice["seeds"]
+    return (
+        f"Chosen by the held-out images: {'; '.join(settings)}; against dense, {choice['epochs']} "
+        f"epochs of {choice['images']:,} images, seeds {seeds[0]} to {seeds[-1]}."
+        + (f" Given up: {choice['given_up']}." if "given_up" in choice else "")
+    )
+
+
+def all_choices_in_words() -> str:
+    """As the log has them."""
+    return " ".join([*(choice_in_words(choice) for choice in choices()), *nothing_chosen()])
+
+
+def nothing_chosen() -> list[str]:
+    """A sentence where question 1 is about nothing."""
+    return [] if current_choices() else ["Nothing is chosen for question 1 now."]
 
 
 def clutter_curves() -> dict[str, list[tuple[float, float, float, float]]]:
@@ -815,8 +845,8 @@ def blocks() -> dict[Path, str]:
         f"{length.epochs} epochs of {length.images:,} images, Top-1 on held-out ones:\n\n{settings_table(length)}"
         for length in (MOST_PASSES, MANY_PASSES, FEW_PASSES, HALF_OF_THEM)
     ]
-    readme = [verdict_in_words(), *shown, *by_length]
-    return {README: "\n\n".join(readme), LOG: "\n\n".join([choice_in_words(), cost_table(), clutter_table()])}
+    readme = [verdicts(), *shown, *by_length]
+    return {README: "\n\n".join(readme), LOG: "\n\n".join([all_choices_in_words(), cost_table(), clutter_table()])}
 
 
 def with_block(text: str, block: str) -> str:
@@ -840,7 +870,7 @@ def run_missing(question: Optional[str], work: Path, limit: Optional[int], jobs:
     if not (work / "cifar10").is_dir() and question != "clutter":
         raise UserError(f"--work: {work / 'cifar10'} is not there; `prepare` makes it")
     missing = [run for run in all_runs(question) if not run.record.exists()][:limit]
-    if set(missing) & set(runs_of("1")) and choice_in_words() not in LOG.read_text():
+    if set(missing) & set(runs_of("1")) and all_choices_in_words() not in LOG.read_text():
         raise UserError(f"{LOG}: does not say what question 1 tests; `choose` wrote it there, and that line is to stay")
     cores = sorted(os.sched_getaffinity(0))
     if not 1 <= jobs <= len(cores):
@@ -877,6 +907,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument("--cifar10", type=Path, help="tar file of cifar10/{train,test}/<class>/<n>.jpg")
     parser.add_argument("--question", choices=QUESTIONS, help="none: 2, clutter, 1, 3")
     parser.add_argument("--limit", type=int, help="make at most so many runs")
+    lengths = {length.epochs: length for length in (FEW_PASSES, MANY_PASSES, MOST_PASSES)}
+    parser.add_argument("--epochs", type=int, choices=lengths, default=MANY_PASSES.epochs, help="of what is chosen")
     jobs = len(os.sched_getaffinity(0))
     parser.add_argument("--jobs", type=int, default=jobs, help="runs at a time (default: as many as there are cores)")
     arguments = parser.parse_args(argv)
@@ -898,7 +930,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     elif arguments.command == "time":
         measure(groups_of=4, warmup=8, steps=12)
     elif arguments.command == "choose":
-        choose(arguments.what)
+        choose(arguments.what, lengths[arguments.epochs])
     elif arguments.command == "give-up":
         give_up(" ".join(arguments.what))
     else:

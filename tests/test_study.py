@@ -88,7 +88,7 @@ def test_the_most_informative_runs_come_first_and_seeds_interleave(place):
     assert [run.seed for run in runs[:24]] == [seed for seed in (0, 1, 2) for _ in range(8)]
     assert study.runs_of("1") == []
     assert all(run.epochs < 48 for run in study.runs_of("3")), "before the choice"
-    study.choose(["corner@1"])
+    study.choose(["corner@1"], study.MANY_PASSES)
     runs = study.runs_of("1")
     assert len(runs) == 20
     assert [(run.setting, run.seed) for run in runs[:4]] == [
@@ -107,13 +107,13 @@ def test_the_most_informative_runs_come_first_and_seeds_interleave(place):
 def test_what_was_chosen_stays_or_is_given_up_with_a_reason(place):
     with pytest.raises(UserError, match="no choice to give up"):
         study.give_up("why not")
-    study.choose(["corner"])
+    study.choose(["corner"], study.MANY_PASSES)
     with pytest.raises(UserError, match="corner: is chosen already"):
-        study.choose(["corner@1"])
+        study.choose(["corner@1"], study.MANY_PASSES)
     with pytest.raises(UserError, match="dense: is no setting with skipping"):
-        study.choose(["keep10", "dense"])
+        study.choose(["keep10", "dense"], study.MANY_PASSES)
     assert len(study.runs_of("1")) == 20, "nothing of a refused choice is taken"
-    study.choose(["keep10"])
+    study.choose(["keep10"], study.MANY_PASSES)
     assert len(study.runs_of("1")) == 30
     assert {run.seed for run in study.runs_of("1")} == set(range(100, 110)), "dense's runs are shared"
     for name, top1 in (("dense", 60.0), ("corner", 55.0)):
@@ -123,10 +123,12 @@ def test_what_was_chosen_stays_or_is_given_up_with_a_reason(place):
     )
     study.give_up("it loses 5 points")
     given_up = "48 epochs of 2,500 images, seeds 100 to 109. Given up: it loses 5 points."
-    assert f"{given_up} Nothing is chosen for question 1 now.\n" in study.README.read_text()
+    assert "\nNothing is chosen for question 1 now.\n\nChosen" in study.README.read_text()
+    assert f"{given_up} Nothing is chosen for question 1 now.\n" in study.LOG.read_text()
+    assert f"{given_up}\n" in study.README.read_text()
     assert study.runs_of("1") == []
     assert "| -5.00 |" in study.README.read_text()
-    study.choose(["paper"])
+    study.choose(["paper"], study.MANY_PASSES)
     assert {run.seed for run in study.runs_of("1")} == set(range(110, 120)), "seeds of its own"
     assert given_up in study.README.read_text()
     assert "Of 20 runs 0 are in" in study.README.read_text()
@@ -134,7 +136,7 @@ def test_what_was_chosen_stays_or_is_given_up_with_a_reason(place):
         record(run, 50.0, test_top1=60.0)
     with pytest.raises(UserError, match="question 1 is answered, about paper; that stays"):
         study.give_up("the answer does not please")
-    study.choose(["corner"])
+    study.choose(["corner"], study.MANY_PASSES)
     readme = study.README.read_text()
     assert "tested with skipping as trained, when the answer about `paper` was known; against dense" in readme
     assert "| mean | 60.00 | 60.00 | +0.00 (+0.00 to +0.00) |" in readme, "an answer stays when another is asked for"
@@ -233,16 +235,36 @@ def test_question_3_tests_each_as_it_is_meant_to_be(place):
     item = {"setting": "tread", "top1": 1.0, "top1_more": 2.0, "top1_no_skip": 3.0}
     assert study.meant_top1(item) == 3.0
     assert study.meant_top1({**item, "setting": "random"}) == 1.0
-    study.choose(["random@0.55", "keep10@1", "corner"])
+    study.choose(["random@0.55", "keep10@1", "corner"], study.MANY_PASSES)
     tops = [study.meant_top1({**item, "setting": name}) for name in ("random", "keep10", "corner")]
     assert tops == [2.0, 3.0, 1.0]
 
 
+def test_each_length_has_a_choice_and_an_answer_of_its_own(place):
+    study.choose(["random"], study.MANY_PASSES)
+    of_most = len(study.runs_of("3"))
+    study.choose(["corner@0.35"], study.MOST_PASSES)
+    runs = study.runs_of("1")
+    assert [run[1:] for run in runs[20:22]] == [(1_250, 96, 110)] * 2
+    assert len(study.runs_of("3")) == of_most, "question 3 is about what was chosen at its own lengths"
+    assert study.checks_of(runs[21])["test_top1"] == ("test", ["--keep-ratio", "0.35"])
+    for run in runs[20:]:
+        record(run, 50.0, test_top1=60.0 + (run.setting == "corner"))
+    study.tables()
+    newest, older = study.README.read_text().split("Chosen by the held-out images")[1:3]
+    assert "| mean | 60.00 | 61.00 | +1.00 (+1.00 to +1.00) |" in newest
+    assert "Of 20 runs 0 are in" in older
+    with pytest.raises(UserError, match="is answered, about corner"):
+        study.give_up("the answer does not please")
+    study.choose(["keep10"], study.MANY_PASSES)
+    assert [(len(choice["settings"]), choice["seeds"][0]) for choice in study.choices()] == [(2, 100), (1, 110)]
+
+
 def test_a_setting_whose_runs_did_not_see_the_test_images_joins_no_choice(place):
-    study.choose(["random"])
+    study.choose(["random"], study.MANY_PASSES)
     record(study.Run("tread", *study.MANY_PASSES, 100), 50.0)  # question 3's
     with pytest.raises(UserError, match="tread: has runs on question 1's seeds already"):
-        study.choose(["tread"])
+        study.choose(["tread"], study.MANY_PASSES)
 
 
 def test_the_test_images_are_for_the_runs_of_what_was_chosen(place, monkeypatch):
@@ -258,8 +280,8 @@ def test_the_test_images_are_for_the_runs_of_what_was_chosen(place, monkeypatch)
         (["corner", "corner@1"], "corner: is chosen already"),
     ):
         with pytest.raises(UserError, match=message):
-            study.choose(names)
-    study.choose(["corner@0.35"])
+            study.choose(names, study.MANY_PASSES)
+    study.choose(["corner@0.35"], study.MANY_PASSES)
     assert study.checks_of(run)["test_top1"] == ("test", ["--keep-ratio", "0.35"])
     assert "tested with 35% of the tokens kept; against dense" in study.LOG.read_text()
     assert study.checks_of(run._replace(setting="dense")) == {"test_top1": ("test", [])}
@@ -273,9 +295,8 @@ def test_the_test_images_are_for_the_runs_of_what_was_chosen(place, monkeypatch)
 
 
 def test_the_verdict_is_told_when_all_of_its_runs_are_in(place):
-    assert study.verdict_in_words() == "Nothing is chosen for question 1 now."
-    assert study.answered() == []
-    study.choose(["corner", "keep10@0.2"])
+    assert study.verdicts() == "Nothing is chosen for question 1 now."
+    study.choose(["corner", "keep10@0.2"], study.MANY_PASSES)
     runs = study.runs_of("1")
     assert [run.setting for run in runs[:3]] == ["dense", "corner", "keep10"]
     less = {"dense": 0.0, "corner": -0.5, "keep10": -2.0}
@@ -284,7 +305,7 @@ def test_the_verdict_is_told_when_all_of_its_runs_are_in(place):
     for come_in, told in stages:
         for run in come_in:
             record(run, 50.0, test_top1=60.0 + 0.1 * (run.seed - 100) + less[run.setting])
-        assert study.answered() == told
+        assert study.answered(study.current_choices()[0]) == told
         study.tables()
         readme = study.README.read_text()
         assert ("| mean | 60.45 |" in readme) == bool(told)
