@@ -61,8 +61,9 @@ class Length(NamedTuple):
 
 
 FEW_PASSES, HALF_OF_THEM = Length(10_000, 12), Length(10_000, 6)
-# About as many steps (1,824 for 1,872), on images that are seen more often.
-MANY_PASSES, MOST_PASSES = Length(2_500, 48), Length(1_250, 96)
+# About as many steps, on images that are seen more often.
+MANY_PASSES, MORE_PASSES, MOST_PASSES = Length(2_500, 48), Length(1_600, 75), Length(1_250, 96)
+LENGTHS = (FEW_PASSES, MANY_PASSES, MORE_PASSES, MOST_PASSES)
 # Of question 3, each a schedule of its own.
 COST_LENGTHS = (MANY_PASSES._replace(epochs=16), MANY_PASSES._replace(epochs=24), MANY_PASSES)
 MORE_AT_TEST = 0.1  # of the tokens, that a setting of one span is also tested with
@@ -188,6 +189,7 @@ OTHERS = ("evit", "tread")
 TIERS = (
     (HALF_OF_THEM, SEEDS, "dense paper corner keep25 start1 random corner_random corner_full_end"),
     (MANY_PASSES, SEEDS, "dense random paper random25 random_end12 evit55 middle25_random middle25 random25_full_end"),
+    (MORE_PASSES, SEEDS, "dense random"),
     (MOST_PASSES, SEEDS, "dense random random25"),
     (MANY_PASSES, SEEDS, "random_small_images_first random10_first"),
     (
@@ -457,8 +459,8 @@ def prepare(archive: Path, work: Path) -> None:
     if target.exists():
         raise UserError(f"{target}: is there already; delete it to have it made anew")
     parts = {"held_out": (0, HELD_OUT_A_CLASS)}
-    for images in (FEW_PASSES.images, MANY_PASSES.images, MOST_PASSES.images):
-        parts[f"train_{images}"] = (HELD_OUT_A_CLASS, HELD_OUT_A_CLASS + images // CLASSES)
+    for length in LENGTHS:
+        parts[f"train_{length.images}"] = (HELD_OUT_A_CLASS, HELD_OUT_A_CLASS + length.images // CLASSES)
     unfinished = work / ".cifar10.tmp"
     shutil.rmtree(unfinished, ignore_errors=True)
     for part, name, content in images_in(archive, "train"):
@@ -843,7 +845,7 @@ def blocks() -> dict[Path, str]:
     shown = [f"![{alt}]({name})" for name, alt in pictures.items() if (ROOT / name).exists()]
     by_length = [
         f"{length.epochs} epochs of {length.images:,} images, Top-1 on held-out ones:\n\n{settings_table(length)}"
-        for length in (MOST_PASSES, MANY_PASSES, FEW_PASSES, HALF_OF_THEM)
+        for length in (*reversed(LENGTHS), HALF_OF_THEM)
     ]
     readme = [verdicts(), *shown, *by_length]
     return {README: "\n\n".join(readme), LOG: "\n\n".join([all_choices_in_words(), cost_table(), clutter_table()])}
@@ -907,7 +909,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument("--cifar10", type=Path, help="tar file of cifar10/{train,test}/<class>/<n>.jpg")
     parser.add_argument("--question", choices=QUESTIONS, help="none: 2, clutter, 1, 3")
     parser.add_argument("--limit", type=int, help="make at most so many runs")
-    lengths = {length.epochs: length for length in (FEW_PASSES, MANY_PASSES, MOST_PASSES)}
+    lengths = {length.epochs: length for length in LENGTHS}
     parser.add_argument("--epochs", type=int, choices=lengths, default=MANY_PASSES.epochs, help="of what is chosen")
     jobs = len(os.sched_getaffinity(0))
     parser.add_argument("--jobs", type=int, default=jobs, help="runs at a time (default: as many as there are cores)")
