@@ -189,7 +189,7 @@ OTHERS = ("evit", "tread")
 TIERS = (
     (HALF_OF_THEM, SEEDS, "dense paper corner keep25 start1 random corner_random corner_full_end"),
     (MANY_PASSES, SEEDS, "dense random paper random25 random_end12 evit55 middle25_random middle25 random25_full_end"),
-    (MORE_PASSES, SEEDS, "dense random"),
+    (MORE_PASSES, SEEDS, "dense random random_small_images_first random25 random10_first"),
     (MOST_PASSES, SEEDS, "dense random random25"),
     (MANY_PASSES, SEEDS, "random_small_images_first random10_first"),
     (
