@@ -261,7 +261,7 @@ def runs_of(question: str) -> list[Run]:
         return [Run(score, 0, CLUTTER_EPOCHS, seed) for seed in SEEDS for score in CLUTTER_SCORES]
     if question == "1":
         return [run for choice in current_choices() for run in runs_of_choice(choice)]
-    chosen = choice_of(MANY_PASSES)
+    chosen = choice_of(MANY_PASSES, choices())
     methods = dict.fromkeys(("dense", *OTHERS, *tested_keep_ratios(chosen)))
     seeds = {length: SEEDS for length in COST_LENGTHS if length != MANY_PASSES}
     if chosen:
@@ -327,7 +327,7 @@ def checks_of(run: Run) -> dict[str, tuple[str, list[str]]]:
             checks["top1_more"] = ("held_out", ["--keep-ratio", more])
         if run.config().of_phase(-1).skip != spans:  # it ends on all tokens
             checks["top1_skip"] = ("held_out", ["--keep-ratio", str(spans[0].keep_ratio)])
-    chosen = choice_of(Length(run.images, run.epochs))
+    chosen = choice_of(Length(run.images, run.epochs), choices())
     if chosen and run in runs_of_choice(chosen):
         kept = tested_keep_ratios(chosen).get(run.setting)
         checks["test_top1"] = ("test", ["--keep-ratio", str(kept)] if kept else [])
@@ -509,9 +509,9 @@ def current_choices() -> list[dict[str, Any]]:
     return [choice for choice in choices() if "given_up" not in choice]
 
 
-def choice_of(length: Length) -> Optional[dict[str, Any]]:
-    """What question 1 is about at this length."""
-    return next((choice for choice in current_choices() if length_of(choice) == length), None)
+def choice_of(length: Length, among: Sequence[dict[str, Any]]) -> Optional[dict[str, Any]]:
+    """Of these choices what question 1 is about at this length."""
+    return next((choice for choice in among if "given_up" not in choice and length_of(choice) == length), None)
 
 
 def length_of(choice: dict[str, Any]) -> Length:
@@ -536,7 +536,7 @@ def choose(names: Sequence[str], length: Length) -> None:
     Others may join them, on the same seeds: they share dense's runs. What was told by then is recorded with them.
     """
     items = choices()
-    item = next((one for one in items if "given_up" not in one and length_of(one) == length), None)
+    item = choice_of(length, items)
     if item is None:
         first = FIRST_PAIRED_SEED + PAIRS * len(items)
         item = {"settings": [], **length._asdict(), "seeds": list(range(first, first + PAIRS))}
@@ -677,7 +677,7 @@ def describe(setting: dict[str, Any]) -> str:
 
 def meant_top1(item: dict[str, Any]) -> float:
     """Held-out Top-1 as the setting is meant to be tested: TREAD's on all tokens, a chosen one's as chosen."""
-    ratio = {"tread": 1.0, **tested_keep_ratios(choice_of(MANY_PASSES))}.get(item["setting"])
+    ratio = {"tread": 1.0, **tested_keep_ratios(choice_of(MANY_PASSES, choices()))}.get(item["setting"])
     return item["top1" if ratio is None else "top1_no_skip" if ratio == 1 else "top1_more"]
 
 
