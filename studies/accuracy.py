@@ -157,6 +157,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "random_small_images_first": {"skip": span(3, 11, 0.45, "random"), "phases": SMALL_IMAGES_FIRST},
     # As dear as `random`: what small images first save is spent on keeping more tokens throughout.
     "random65_small_images_first": {"skip": span(3, 11, 0.65, "random"), "phases": SMALL_IMAGES_FIRST},
+    # As dear as `random`, ending on larger images, whose kept tokens cost at test what all of dense's do.
+    "random_growing_images": {
+        "skip": span(3, 11, 0.45, "random"),
+        "phases": phases((0.25, {"image_size": 24}), (0.5, {}), (0.25, {"image_size": 40})),
+    },
+    "random_large_images_last": {
+        "skip": span(3, 11, 0.45, "random"),
+        "phases": phases((0.75, {"keep_ratio": 0.25}), (0.25, {"image_size": 40})),
+    },
     "random10_first": {
         "skip": span(3, 11, 0.45, "random"),
         "phases": phases((0.5, {"keep_ratio": 0.10}), (0.5, {})),
@@ -193,7 +202,8 @@ TIERS = (
     (MANY_PASSES, SEEDS, "dense random paper random25 random_end12 evit55 middle25_random middle25 random25_full_end"),
     (MORE_PASSES, SEEDS, "dense random random_small_images_first random25 random10_first"),
     (MOST_PASSES, SEEDS, "dense random random25"),
-    (MANY_PASSES, SEEDS, "random65_small_images_first random_small_images_first random10_first"),
+    (MANY_PASSES, SEEDS, "random_growing_images random_large_images_last random65_small_images_first"),
+    (MANY_PASSES, SEEDS, "random_small_images_first random10_first"),
     (
         FEW_PASSES,
         (100, 101, 102),  # those of question 1's first choice, which was given up
