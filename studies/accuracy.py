@@ -103,6 +103,8 @@ def phases(*parts: tuple[float, dict[str, Any]]) -> list[dict[str, Any]]:
 
 FULL = {"keep_ratio": 1.0}
 SMALL_IMAGES_FIRST = phases((0.5, {"image_size": 24}), (0.5, {}))
+GROWING_IMAGES = phases((0.25, {"image_size": 24}), (0.5, {}), (0.25, {"image_size": 40}))
+LARGE_IMAGES_LAST = phases((0.75, {"keep_ratio": 0.25}), (0.25, {"image_size": 40}))
 # What is other than in RECIPE. `paper` is what question 2 changes one thing at a time of, as is `corner`, the furthest
 # out. (`skipped: drop` from block 3 computes what `end12` does: only the CLS token is read after the last block.)
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -125,14 +127,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "small_images_late25": {"skip": span(5, 12, 0.25), "phases": SMALL_IMAGES_FIRST},
     # What skipping saves spent on more tokens of the same image at the end, where dense is at 32 px throughout.
-    "growing_images": {
-        "skip": span(3, 11, 0.45),
-        "phases": phases((0.25, {"image_size": 24}), (0.5, {}), (0.25, {"image_size": 40})),
-    },
-    "large_images_last": {
-        "skip": span(3, 11, 0.45),
-        "phases": phases((0.75, {"keep_ratio": 0.25}), (0.25, {"image_size": 40})),
-    },
+    "growing_images": {"skip": span(3, 11, 0.45), "phases": GROWING_IMAGES},
+    "large_images_last": {"skip": span(3, 11, 0.45), "phases": LARGE_IMAGES_LAST},
     # Other tokens skip in other blocks, so that none is left out of all: by chance in each as random-LTD has it (arXiv
     # 2211.11586), by attention after each block on all tokens as IdleViT has it (arXiv 2310.05654).
     "random_each_block": {"skip": [span(block, block + 1, 0.45, "random") for block in range(3, 11)]},
@@ -158,14 +154,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     # As dear as `random`: what small images first save is spent on keeping more tokens throughout.
     "random65_small_images_first": {"skip": span(3, 11, 0.65, "random"), "phases": SMALL_IMAGES_FIRST},
     # As dear as `random`, ending on larger images, whose kept tokens cost at test what all of dense's do.
-    "random_growing_images": {
-        "skip": span(3, 11, 0.45, "random"),
-        "phases": phases((0.25, {"image_size": 24}), (0.5, {}), (0.25, {"image_size": 40})),
-    },
-    "random_large_images_last": {
-        "skip": span(3, 11, 0.45, "random"),
-        "phases": phases((0.75, {"keep_ratio": 0.25}), (0.25, {"image_size": 40})),
-    },
+    "random_growing_images": {"skip": span(3, 11, 0.45, "random"), "phases": GROWING_IMAGES},
+    "random_large_images_last": {"skip": span(3, 11, 0.45, "random"), "phases": LARGE_IMAGES_LAST},
     "random10_first": {
         "skip": span(3, 11, 0.45, "random"),
         "phases": phases((0.5, {"keep_ratio": 0.10}), (0.5, {})),
