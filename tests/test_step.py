@@ -1,6 +1,5 @@
 """The training step against the NumPy reference, and what it does with gradients that overflow."""
 
-import contextlib
 import functools
 
 import mindspore as ms
@@ -325,7 +324,7 @@ def test_blocks_compiled_once_are_blocks_compiled_one_by_one(monkeypatch):
         return losses, logits.asnumpy(), {item.name: item.asnumpy() for item in step.get_parameters()}
 
     once = numbers()
-    monkeypatch.setattr(runtime, "compiled_once", lambda cells: contextlib.nullcontext())
+    monkeypatch.setattr(runtime, "compile_sharing", lambda cells, compile_graph: compile_graph())
     one_by_one = numbers()
     assert once[0] == one_by_one[0]
     np.testing.assert_array_equal(once[1], one_by_one[1])
@@ -336,15 +335,32 @@ def test_a_step_with_branches_compiles_its_blocks_one_by_one(monkeypatch):
     """Shared, they took each other's shapes in one compilation of some ten, as the branches' sides run in threads."""
     shared = []
 
-    def compiled_once(cells):
-        shared.append(len(list(cells)))
-        return contextlib.nullcontext()
-
-    monkeypatch.setattr(runtime, "compiled_once", compiled_once)
-    monkeypatch.setattr(ms.nn.Cell, "compile", lambda self, *inputs, **options: None)
+    monkeypatch.setattr(runtime, "compile_sharing", lambda cells, compile_graph: shared.append(len(list(cells))))
     for kind in ({}, {"precision": "fp16"}, {"accumulate_steps": 2}):
         Run(**kind).step.compile()
     assert shared == [DEPTH, 0, 0]
+
+
+@pytest.mark.skipif("policy" not in runtime._parameters_of_lazy_inline(), reason="this MindSpore shares no blocks")
+def test_a_step_that_cannot_share_its_blocks_is_compiled_without(monkeypatch, tmp_path):
+    """MindSpore fails so at random; here an operator that no shape fits stands in the graph as long as they share."""
+    monkeypatch.chdir(tmp_path)  # it leaves what it failed at in the working directory
+    compile_graph, shared = ms.nn.Cell.compile, []
+
+    def compile_or_fail(cell, *inputs):
+        shared.append(all(hasattr(block, "cell_init_args") for block in cell.loss.net.blocks))
+        with monkeypatch.context() as patch:
+            if shared[-1]:
+                patch.setattr(cell.loss, "log_softmax", ops.LogSoftmax(7))
+            compile_graph(cell, *inputs)
+
+    monkeypatch.setattr(ms.nn.Cell, "compile", compile_or_fail)
+    run, images, targets = Run(), *batch(0)
+    loss = run(images, targets)
+    assert shared == [True, False]
+    assert loss == pytest.approx(ReferenceRun().gradients(images, targets)[0], rel=1e-4)
+    with pytest.raises(ValueError, match="broadcast"):  # what is wrong with the graph itself
+        run(images, targets[:, 1:])
 
 
 @pytest.mark.parametrize("kind", ["single", "half_accumulating"])

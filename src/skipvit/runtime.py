@@ -11,7 +11,7 @@ import logging
 import os
 import platform
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -187,25 +187,31 @@ def save_checkpoint(entries, path: str) -> None:
         ms.save_checkpoint(entries, path)
 
 
-@contextlib.contextmanager
-def compiled_once(cells: Iterable[ms.nn.Cell]) -> Iterator[None]:
-    """While a graph is compiled inside, ``cells``, all alike, share what the front end makes of one of them.
+def compile_sharing(cells: Iterable[ms.nn.Cell], compile_graph: Callable[[], None]) -> None:
+    """Compile a graph, where ``cells``, all alike, share what the front end makes of one of them.
 
     It is put in each one's place before the back end sees it (``mindspore.lazy_inline(policy="front")``), so the graph
     that runs is the same. MindSpore keeps the shared part by a cell's name alone, for other graphs of the process too,
-    whatever their shapes; so the name is another each time and is taken away again. Not for a graph with branches on
-    values, whose sides it looks at in threads of their own: of such graphs one in some ten fails there, with the shape
-    of one cell in another. On Ascend it was never run, so it is not used there.
+    whatever their shapes; so the name is another each time and is taken away again. On Ascend it was never run, so it
+    is not used there.
+
+    MindSpore may take the shapes of one cell for another's, and its compilation then fails: one in some ten of graphs
+    with branches on values, whose sides it looks at in threads of their own (so not for these), and one in some
+    hundred of others. What fails is compiled anew without sharing, and raises what is wrong with the graph itself.
     """
     marked = list(cells) if on_cpu() and "policy" in _parameters_of_lazy_inline() else []
     name = f"lazy_inline_{next(_compilations)}"
     for cell in marked:
         cell.cell_init_args, cell.no_inline = name, False
     try:
-        yield
+        return compile_graph()
+    except Exception:  # whatever operator meets the wrong shape first
+        if not marked:
+            raise
     finally:
         for cell in marked:
             del cell._cell_init_args, cell.no_inline
+    compile_graph()
 
 
 _compilations = itertools.count()

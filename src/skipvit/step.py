@@ -4,6 +4,7 @@ What varies from step to step (learning rate, drop path, dropout seeds, random s
 graph holds no random state and no schedule, and a step is a function of its inputs and the parameters.
 """
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -141,8 +142,8 @@ class TrainStep(nn.Cell):
     def compile(self, *inputs, **options):
         """As every Cell, but with the blocks compiled once, where the step has no branch on a value."""
         branches = self.scales or self.accumulate_steps > 1
-        with runtime.compiled_once(() if branches else self.loss.net.blocks):
-            super().compile(*inputs, **options)
+        blocks = () if branches else self.loss.net.blocks
+        runtime.compile_sharing(blocks, functools.partial(super().compile, *inputs, **options))
 
     def construct(self, images, targets, rate, *randomness):
         """One step.
