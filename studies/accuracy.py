@@ -151,6 +151,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "random25_full_end": {"skip": span(3, 11, 0.25, "random"), "phases": phases((0.75, {}), (0.25, FULL))},
     # For twice dense's speed, ending as `random` does.
     "random_small_images_first": {"skip": span(3, 11, 0.45, "random"), "phases": SMALL_IMAGES_FIRST},
+    # As fast, with what `random_growing_images` ends on.
+    "random_small_then_large_images": {
+        "skip": span(3, 11, 0.45, "random"),
+        "phases": phases((0.8, {"image_size": 24}), (0.2, {"image_size": 40})),
+    },
     # As dear as `random`: what small images first save is spent on keeping more tokens throughout.
     "random65_small_images_first": {"skip": span(3, 11, 0.65, "random"), "phases": SMALL_IMAGES_FIRST},
     # As dear as `random`, ending on larger images, whose kept tokens cost at test what all of dense's do.
@@ -193,7 +198,7 @@ TIERS = (
     (MORE_PASSES, SEEDS, "dense random random_small_images_first random25 random10_first"),
     (MOST_PASSES, SEEDS, "dense random random25"),
     (MANY_PASSES, SEEDS, "random_growing_images random_large_images_last random65_small_images_first"),
-    (MANY_PASSES, SEEDS, "random_small_images_first random10_first"),
+    (MANY_PASSES, SEEDS, "random_small_then_large_images random_small_images_first random10_first"),
     (
         FEW_PASSES,
         (100, 101, 102),  # those of question 1's first choice, which was given up
