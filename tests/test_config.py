@@ -447,9 +447,14 @@ def test_every_bounded_key_has_a_bad_value_above():
         ),
         ("phases: [{share: 0.5}, {share: 0.4}]", "phases: the shares 0.5 + 0.4 add up to 0.9; they must make 1"),
         ("phases: [{share: 0.5}, {share: 0.6}]", "phases: the shares 0.5 + 0.6 add up to 1.1; they must make 1"),
-        ("phases: [{share: 0}, {share: 1}]", "phases.share: 0.0 is outside (0, 1]"),
-        ("phases: [{share: 1, keep_ratio: 0}]", "phases.keep_ratio: 0.0 is outside (0, 1]"),
-        ("phases: [{share: 1, keep_ratio: 1.5}]", "phases.keep_ratio: 1.5 is outside (0, 1]"),
+        ("phases: [{share: 0}, {share: 1}]", "phases.0.share: 0.0 is outside (0, 1]"),
+        ("phases: [{share: 0.5}, {share: 0.500004}]", "phases: the shares 0.5 + 0.500004 add up to 1.000004; they"),
+        ("phases: [{share: 1, keep_ratio: 0}]", "phases.0.keep_ratio: 0.0 is outside (0, 1]"),
+        ("phases: [{share: 1, keep_ratio: 1.5}]", "phases.0.keep_ratio: 1.5 is outside (0, 1]"),
+        (
+            "{skip: null, phases: [{share: 0.5, keep_ratio: 1}, {share: 0.5, keep_ratio: 0.5}]}",
+            "phases.1.keep_ratio: 0.5 where skip is null, so that no token skips; leave it out",
+        ),
         ("phases: [{share: 0.5, image_size: 100}, {share: 0.5}]", "phases.0.image_size: 100 is not a multiple of"),
         ("phases: [{share: 1, image_size: 0}]", "phases.0.image_size: 0 is below 1"),
         (
@@ -457,6 +462,19 @@ def test_every_bounded_key_has_a_bad_value_above():
             "phases.0.share: 0.1 of train.epochs 4 is no whole epoch",
         ),
         ("skip: [3]", "skip.0: 3 is no section with keys"),
+        ("skip: [{start: 2, end: 4}, {start: 8, end: 6}]", "skip.1.start: 8 is not below skip.1.end 6"),
+        ("skip: [{start: 2, end: 4}, {start: 6, end: 8, score: cls}]", "skip.1.score: 'cls' is unknown"),
+        ("skip: [{start: 2, end: 4}, {start: 6, end: 8, keep_ratio: 0}]", "skip.1.keep_ratio: 0.0 is outside"),
+        (
+            "skip: [{start: 2, end: 4, keep_ratio: 0.5, skipped: drop}, {start: 4, end: 6, keep_ratio: 0.5}]",
+            "skip.1.keep_ratio: 0.5 is a share of all 196 patches, of which those before leave 98, so that nothing is "
+            "left to choose; give less than 0.5",
+        ),
+        (
+            "skip: [{start: 2, end: 4, skipped: fuse}, {start: 4, end: 6, keep_ratio: 0.3}, "
+            "{start: 7, end: 8, keep_ratio: 0.9}]",
+            "skip.2.keep_ratio: 0.9 is a share of all 196 patches, of which those before leave 88",
+        ),
         ("skip: [{start: 2, end: 40}, {start: 41, end: 42}]", "skip.0.end: 40 is beyond the model's 12 blocks"),
         ("data: 3", "data: 3 is no section; give keys such as data.train"),
         ("data: {1: 2}", "data.1: unknown key; the nearest known one is"),
@@ -474,13 +492,21 @@ def test_bad_recipe(recipe, text, says):
         ("skip.start=3", "skip.start=3: skip is a list of 2 spans; say which, as in skip.0.start="),
         ("skip.2.start=3", "skip.2.start=3: skip has no item 2; there are 2"),
         ("skip.x.start=3", "skip.x.start=3: skip has no item x; there are 2"),
-        ("skip.0=3", "skip.0=3: skip is no section"),
+        ("skip.0=3", "skip.0: 3 is no section with keys"),
+        ("skip.2=3", "skip.2=3: skip is no section"),
         ("phases.share=3", "phases.share=3: phases is a list of 2 phases; say which, as in phases.0.share="),
     ],
 )
 def test_bad_override_of_a_list_of_spans(recipe, override, says):
     text = recipe("{skip: [{start: 2, end: 4}, {start: 6, end: 8}], phases: [{share: 0.5}, {share: 0.5}]}")
     assert message(load, text, [override]) == says
+
+
+def test_an_item_of_a_list_is_replaced(recipe):
+    text = recipe("{skip: [{start: 2, end: 4}, {start: 6, end: 8}], phases: [{share: 0.5}, {share: 0.5}]}")
+    changed = load(text, ["skip.1={start: 7, end: 9}", "phases.0={share: 0.5, image_size: 112}"])
+    assert [(span.start, span.end) for span in changed.skip] == [(2, 4), (7, 9)]
+    assert [phase.image_size for phase in changed.phases] == [112, None]
 
 
 @pytest.mark.parametrize(

@@ -1082,15 +1082,16 @@ def test_object_patches_are_shares_in_evaluations_geometry(tmp_path):
     mask[2:10, 12:16] = 255  # the left half of the crop's first patch
     mask[10:18, 20:30] = 255  # all of its last patch, and two columns that are cropped off
     Image.fromarray(mask).save(tmp_path / "mask.png")
-    shares = data.object_patches(tmp_path / "mask.png", make_config(size=16, val_crop_ratio=0.8))
+    size = (40, 20)
+    shares = data.object_patches(tmp_path / "mask.png", size, make_config(size=16, val_crop_ratio=0.8))
     assert shares.dtype == np.float32
     assert shares.tolist() == [0.5, 0.0, 0.0, 1.0]
     doubled = Image.fromarray(mask.repeat(2, 0).repeat(2, 1))
     doubled.save(tmp_path / "doubled.png")
-    again = data.object_patches(tmp_path / "doubled.png", make_config(size=16, val_crop_ratio=0.8))
+    again = data.object_patches(tmp_path / "doubled.png", size, make_config(size=16, val_crop_ratio=0.8))
     assert again.tolist() == shares.tolist()
     with pytest.raises(UserError, match=r"data\.masks: .*missing.png: cannot be read"):
-        data.object_patches(tmp_path / "missing.png", make_config())
+        data.object_patches(tmp_path / "missing.png", size, make_config())
     assert data.mask_path(Path("masks/val"), "a/x.y.jpg") == Path("masks/val/a/x.y.png")
 
 
@@ -1170,14 +1171,39 @@ def test_masks_follow_their_images(noisy, red_masks, crop, monkeypatch):
             np.testing.assert_array_equal(ours, theirs)  # a mask changes nothing else
 
 
-def test_a_mask_of_another_size_is_laid_over_its_image():
-    image = np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)
-    mask = np.zeros((16, 24, 3), np.uint8)
-    mask[:, 12:] = 255
-    config = make_config(dataclasses.replace(PLAIN, horizontal_flip=1.0), 32)
-    followed = data.augment_image(image, config, data.keyed_generator(0), mask)[3]
-    assert (followed[:, :14] > 240).all()
-    assert (followed[:, 18:] < 15).all()
+@pytest.mark.parametrize("shape", [(16, 16), (32, 32), (96, 48), (30, 90)])
+@pytest.mark.parametrize("colour", ["L", "RGB", "P"])
+def test_a_mask_of_another_size_or_colour_is_laid_over_its_image(tmp_path, shape, colour):
+    """As bright as it is in grey, in training as in evaluation: the left half of a square image is object."""
+    images, masks = tmp_path / "images", tmp_path / "masks"
+    save_noise(images / "a" / "0.png", (32, 32), 0)
+    mask = np.zeros(shape, np.uint8)
+    mask[:, : shape[1] // 2] = 1
+    drawn = Image.fromarray(mask, "P")
+    drawn.putpalette([0, 0, 0, 0, 255, 0])  # green, as bright as grey of 150
+    (masks / "a").mkdir(parents=True)
+    drawn.convert("RGB").convert(colour).save(masks / "a" / "0.png")
+    folder = ImageFolder(images, "data.train")
+    config = make_config(PLAIN, 32, val_crop_ratio=1.0).replace(skip=(MASK,))
+    trained = TrainBatches(folder, config, batch_size=1, masks=masks)[0][-1][0, 0].reshape(4, 4)
+    evaluated = EvalBatches(folder, config, batch_size=1, masks=masks)[0][-1][0, 0].reshape(4, 4)
+    for scores in (trained, evaluated):
+        np.testing.assert_allclose(scores[:, 0], 150 / 255, atol=0.01)
+        np.testing.assert_allclose(scores[:, 3], 0, atol=0.01)
+        np.testing.assert_allclose(scores[:, 1:3], [[150 / 255, 0]] * 4, atol=0.1)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
+def test_the_size_of_an_image_is_that_of_its_pixels(tmp_path, orientation, kind):
+    path = tmp_path / f"a.{kind.lower()}"
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (8, 6)).save(path, kind, exif=exif)
+    assert data.image_size(path) == data.open_image(path).size == ((6, 8) if orientation > 4 else (8, 6))
+    path.write_bytes(path.read_bytes()[:5])
+    with pytest.raises(UnreadableImage, match="cannot be read as an image"):
+        data.image_size(path)
 
 
 def test_an_image_whose_mask_cannot_be_read_is_replaced(noisy, red_masks, tmp_path):

@@ -345,6 +345,7 @@ def _no_network(monkeypatch):
         (["{scene}/skip/best.ckpt", "--data", "{scene}/data", "--keep-ratio", "0"], ["--keep-ratio", "0.0", "(0, 1]"]),
         (["{scene}/skip/best.ckpt", "--data", "{scene}/data", "--keep-ratio", "1", "--no-skip"], ["--no-skip"]),
         (["{scene}/dense/best.ckpt", "--data", "{scene}/data", "--keep-ratio", "0.5"], ["--keep-ratio", "no token"]),
+        (["{scene}/skip/best.ckpt", "--data", "{scene}/data", "--masks", "{tmp}/empty"], ["--masks", "bird0/000.png"]),
         (["{scene}/mask/best.ckpt", "--data", "{scene}/data"], ["--masks", "not given"]),
         (["{scene}/mask/best.ckpt", "--data", "{scene}/data", "--masks", "{tmp}/empty"], ["--masks", "bird0/000.png"]),
     ],

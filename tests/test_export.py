@@ -12,7 +12,7 @@ from mindspore import Tensor, nn
 from PIL import Image
 
 from skipvit import checkpoint, export, runtime
-from skipvit.log import run_command
+from skipvit.log import RunFailed, run_command
 
 CLASSES = ["crow", "heron", "owl"]
 
@@ -133,6 +133,21 @@ def test_a_wrong_onnx_is_not_written(scene, tmp_path, monkeypatch, capsys):
     assert run_command(export.main, [str(scene[0] / "best.ckpt"), str(tmp_path / "m.onnx"), "--batch-size", "50"]) == 1
     assert "not written: the ONNX graph's logits differ by" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_few_images_may_have_another_patch_kept():
+    """Where two scores are equal but for rounding; more of them, or one of a model that chooses none, are a fault."""
+    expected = np.random.default_rng(0).standard_normal((50, 2, 7))
+    assert export.compare(expected + 1e-6, expected, chooses=False) == {"difference": pytest.approx(1e-6)}
+    three, four = expected.copy(), expected.copy()
+    three[3, 1], three[20] = 0, 0
+    four[:2] = 0
+    assert export.compare(three, expected, chooses=True) == {"difference": 0, "chosen_otherwise": 3}
+    spoilt = expected.copy()
+    spoilt[0, 0, 0] = np.nan
+    for given, chooses in ((three, False), (four, True), (spoilt, True)):
+        with pytest.raises(RunFailed, match="not written: the ONNX graph's logits differ by"):
+            export.compare(given, expected, chooses)
 
 
 def test_without_onnx_the_way_out_is_told(scene, tmp_path, monkeypatch, capsys):

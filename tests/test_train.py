@@ -503,10 +503,17 @@ def test_a_run_may_begin_with_other_weights_for_other_classes_and_images(lab, wh
 
 
 def test_weights_of_a_larger_model_are_refused(lab, whole, monkeypatch, capsys):
+    """And the run that is not begun leaves no folder, nor anything in one that is there."""
     monkeypatch.chdir(lab.root)
     arguments = ["recipe.yaml", "model.embed_dim=32", "train.init_from=whole/last.ckpt", "train.output=larger"]
     code = run_command(train.main, arguments)
     runs.assert_bad_input(code, capsys.readouterr().err, "whole/last.ckpt", "of another model")
+    assert not (lab.root / "larger").exists()
+    (lab.root / "larger").mkdir()
+    (lab.root / "larger" / "config.yaml").write_text("of another run")
+    code = run_command(train.main, arguments)
+    runs.assert_bad_input(code, capsys.readouterr().err, "whole/last.ckpt", "of another model")
+    assert (lab.root / "larger" / "config.yaml").read_text() == "of another run"
 
 
 # ------------------------------------------------------------------------------------- the same to the bit
@@ -879,8 +886,9 @@ def test_resume_no_refuses_a_folder_with_a_run(lab, whole, here):
         ("train.precision=fp16", "train.precision"),
         ("optim.learning_rate=0.01", "optim.learning_rate"),
         ("optim.ema_decay=0.9", "optim.ema_decay"),
-        ("skip.keep_ratio=0.5", "skip.0.keep_ratio"),
-        ("skip=", "skip"),
+        ("skip.keep_ratio=0.5", "skip.keep_ratio: 0.5 here"),
+        ("skip=", "skip, number of spans: 0 here"),
+        ("phases=[{share: 0.5}, {share: 0.5}]", "phases, number of them: 2 here"),
         ("model.embed_dim=32", "model.embed_dim"),
         ("augment.mixup=0.8", "augment.mixup"),
         ("data.mean=[0, 0, 0]", "data.mean"),
@@ -1045,6 +1053,8 @@ BAD_INPUT = [
     (["recipe.yaml", "skip.start=0"], ["skip.start", "cls_attention", "random"]),
     (["recipe.yaml", "skip.score=mask"], ["data.masks", "skip.score=mask"]),
     (["recipe.yaml", "skip.score=mask", "data.masks=val"], ["data.train_masks"]),
+    (["recipe.yaml", "skip.score=mask", "data.masks=no"], ["data.masks", "no is not a folder; give the masks' folder"]),
+    (["recipe.yaml", "data.masks=other"], ["data.masks", "heron/001", "under the image's name"]),
     (["recipe.yaml", "skip.score=mask", "data.masks=other", "data.train_masks=train"], ["data.masks", "heron/001"]),
     (["phased.yaml", "phases.1.share=0.4"], ["phases", "0.9", "1"]),
     (["phased.yaml", "phases.0.image_size=6"], ["phases.0.image_size", "6", "patch_size"]),

@@ -185,7 +185,7 @@ class SkipConfig:
 
     start: int = 3  # first block of the span; block start-1 scores
     end: int = 11  # first block after the span; equal to the depth: rejoin before the final norm
-    keep_ratio: float = 0.45  # share of the patch tokens that is kept
+    keep_ratio: float = 0.45  # share of all patch tokens that is kept
     align: int = 1  # the kept length is rounded up to a multiple of this (16 on Ascend's cube unit)
     score: str = "cls_attention"  # what makes a patch worth keeping; README names them, tokens.py has their sources
     skipped: str = "rejoin"  # rejoin before block `end`, drop for good, or fuse: one token, their weighted sum, for all
@@ -464,7 +464,13 @@ class Config:
         total = sum(phase.share for phase in self.phases)
         if self.phases and abs(total - 1) > 1e-6:
             shares = " + ".join(f"{phase.share:g}" for phase in self.phases)
-            raise UserError(f"phases: the shares {shares} add up to {total:g}; they must make 1")
+            raise UserError(f"phases: the shares {shares} add up to {total:.9g}; they must make 1")
+        for index, phase in enumerate(self.phases):
+            if phase.keep_ratio is not None and phase.keep_ratio < 1 and not self.skip:
+                raise UserError(
+                    f"phases.{index}.keep_ratio: {phase.keep_ratio} where skip is null, so that no token skips; "
+                    "leave it out"
+                )
         ends = self.phase_ends()
         for index, (start, end) in enumerate(zip([0, *ends], ends)):
             if start == end:
@@ -555,7 +561,7 @@ def from_dict(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
         if key not in sections:
             raise UserError(_unknown(_key_text(key), sections + _all_keys()))
     model = model_config(**_section(raw, "model"))
-    return Config(
+    config = Config(
         model=model,
         skip=skip_spans(raw["skip"]) if "skip" in raw else default_skip(model),
         phases=_phases(raw.get("phases")),
@@ -564,6 +570,8 @@ def from_dict(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
         optim=_build(OptimConfig, _section(raw, "optim"), "optim"),
         train=_build(TrainConfig, _section(raw, "train"), "train"),
     )
+    check_choices(config.skip, model.num_patches)
+    return config
 
 
 def model_config(name: str = ModelConfig.name, **overrides: Any) -> ModelConfig:
@@ -624,6 +632,20 @@ def check_spans(spans: Sequence[SkipConfig], depth: int) -> None:
                     f"{where}.start: {span.start} does not lie beyond the span before, which ends at {before.end}; "
                     f"at least {before.end + scores}{why}"
                 )
+
+
+def check_choices(spans: Sequence[SkipConfig], num_patches: int) -> None:
+    """Refuse spans that find no more patches than they would keep, since those before have dropped the others."""
+    chosen = {shape.span: shape for shape in span_shapes(spans, num_patches)}
+    live = num_patches
+    for index, span in enumerate(spans):
+        if span in chosen:
+            live = chosen[span].kept if span.skipped != "rejoin" else live
+        elif span.keep_ratio < 1 and live < num_patches:
+            raise UserError(
+                f"skip.{index}.keep_ratio: {span.keep_ratio} is a share of all {num_patches} patches, of which those "
+                f"before leave {live}, so that nothing is left to choose; give less than {live / num_patches:.3g}"
+            )
 
 
 def _phases(raw: Any) -> tuple[PhaseConfig, ...]:
@@ -691,6 +713,9 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         raise UserError(
             f"{override}: {parents[0]} is a list of {len(node)} {what}; say which, as in {parents[0]}.0.{last}="
         )
+    if isinstance(node, list) and _is_index(last) and int(last) < len(node):
+        node[int(last)] = value
+        return
     if not isinstance(node, dict):
         raise UserError(f"{override}: {'.'.join(parents)} is no section")
     node[last] = value
@@ -729,7 +754,11 @@ def _build(cls: Any, mapping: Any, where: str) -> Any:
         largest = LARGEST.get(f"{where.split('.')[0]}.{key}")
         if largest is not None and value is not None and value > largest:
             raise UserError(f"{where}.{key}: {value} is above {largest}; give {largest} or less")
-    return cls(**values)
+    try:
+        return cls(**values)
+    except UserError as error:  # which calls an item of a list as it would the only one
+        section = where.split(".")[0]
+        raise UserError(str(error).replace(f"{section}.", f"{where}.")) from None
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:

@@ -61,6 +61,7 @@ UPRIGHT = {  # EXIF orientation -> what turns the stored pixels upright (EXIF 2.
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+SIDEWAYS = (5, 6, 7, 8)  # those of them that swap width and height
 RESAMPLING = {"bilinear": Inter.BILINEAR, "bicubic": Inter.BICUBIC}  # data.interpolation -> MindSpore's name
 PILLOW_RESAMPLING = {
     Inter.BILINEAR: Image.Resampling.BILINEAR,
@@ -227,7 +228,8 @@ def resolve_folders(config: Config) -> Folders:
         raise UserError("data.val: not given; give the folder of the images to validate on, as data.val=FOLDER")
     for key, folder in (("masks", masks), ("train_masks", train_masks)):
         if folder is not None and not Path(folder).is_dir():
-            raise UserError(f"data.{key}: {folder} is not a folder; leave it out where there are no masks")
+            hint = "give the masks' folder" if by_mask else "leave it out where there are no masks"
+            raise UserError(f"data.{key}: {folder} is not a folder; {hint}")
     train, val = ImageFolder(train_root, "data.train"), ImageFolder(val_root, "data.val")
     check_same_classes(train, val)
     num_classes = config.model.num_classes
@@ -237,8 +239,9 @@ def resolve_folders(config: Config) -> Folders:
             "leave it out to have as many"
         )
     folders = Folders(train, val, *(None if folder is None else Path(folder) for folder in (masks, train_masks)))
-    if by_mask:
+    if by_mask or masks is not None:
         check_masks(folders.masks, val, "data.masks")
+    if by_mask:
         check_masks(folders.train_masks, train, "data.train_masks")
     return folders
 
@@ -320,6 +323,30 @@ def open_image(path: Union[str, Path], least_side: Optional[int] = None) -> Imag
     except Exception as error:  # Pillow's decoders raise nearly every kind on damaged files
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         raise UnreadableImage(path, reason) from error
+
+
+def image_size(path: Union[str, Path]) -> tuple[int, int]:
+    """Width and height of what `open_image` reads, mostly without decoding the pixels.
+
+    Raises:
+        UnreadableImage: the file has no sound head.
+    """
+    try:
+        with _open_file(path) as file, Image.open(file, formats=IMAGE_FORMATS) as image:
+            if image.format == "TIFF":  # turned by Pillow as it loads
+                image.load()
+            width, height = image.size
+            return (height, width) if _exif_orientation(image) in SIDEWAYS else (width, height)
+    except UnreadableImage:
+        raise
+    except Exception as error:
+        raise UnreadableImage(path, " ".join(str(error).split()) or type(error).__name__) from None
+
+
+def read_mask(path: Union[str, Path], size: tuple[int, int]) -> Image.Image:
+    """A mask laid over its image of ``size`` (width, height): 8-bit grey; see `open_image`."""
+    mask = open_image(path).convert("L")
+    return mask if mask.size == size else mask.resize(size, Image.Resampling.BILINEAR)
 
 
 def _open_file(path: Union[str, Path]) -> BinaryIO:
@@ -425,15 +452,13 @@ def augment_image(
 ) -> np.ndarray:
     """An image (H, W, 3) as training shows it to the model: cropped, flipped, RandAugmented, erased; uint8 (3, S, S).
 
-    The order is timm's: crop, flip, RandAugment, erasing. A ``mask`` (RGB too, of any size) follows the image wherever
-    it is moved to, and is the fourth channel of the result then: (4, S, S).
+    The order is timm's: crop, flip, RandAugment, erasing. A ``mask`` (H, W, 3), grey, follows the image wherever it is
+    moved to, and is the fourth channel of the result then: (4, S, S).
     """
     augment, size = config.augment, config.model.image_size
     resample = RESAMPLING[config.data.interpolation]
     height, width = image.shape[:2]
-    arrays = [image]
-    if mask is not None:
-        arrays.append(np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.BILINEAR)))
+    arrays = [image] if mask is None else [image, mask]
     if augment.crop == "random_resized":
         left, top, right, bottom = random_resized_box((width, height), augment, generator)
         arrays = [resize(array[top:bottom, left:right], size, resample) for array in arrays]
@@ -885,7 +910,8 @@ class TrainBatches:
                     image = read_image(self.folder.path(sample), least_training_side(self.config))
                     if self.masks is None:
                         return image, None, sample
-                    return image, read_image(mask_path(self.masks, self.folder.names[sample])), sample
+                    mask = read_mask(mask_path(self.masks, self.folder.names[sample]), image.shape[1::-1])
+                    return image, np.asarray(mask.convert("RGB")), sample
                 except UnreadableImage:
                     self._unreadable[sample] = 1
         return None, None, -1
@@ -979,7 +1005,7 @@ class EvalBatches:
                 image = open_image(self.folder.path(sample))
                 if self.given:
                     key = (EVALUATION_SCORE, self.config.train.seed, sample)
-                    scores[:, place] = given_scores(self.config, 1, key, self._map_of(sample))[:, 0]
+                    scores[:, place] = given_scores(self.config, 1, key, self._map_of(sample, image.size))[:, 0]
             except UnreadableImage:
                 labels[place] = -1
                 return
@@ -990,11 +1016,11 @@ class EvalBatches:
         self._threads.map(fill, range(self.batch_size))
         return (images, labels, valid, scores) if self.given else (images, labels, valid)
 
-    def _map_of(self, sample: int) -> Optional[np.ndarray]:
-        """The mean of the image's mask over each patch, (1, N), where there are masks."""
+    def _map_of(self, sample: int, size: tuple[int, int]) -> Optional[np.ndarray]:
+        """The mean of the mask over each patch of the image of ``size``, (1, N), where there are masks."""
         if self.masks is None:
             return None
-        mask = evaluation_mask(mask_path(self.masks, self.folder.names[sample]), self.config)
+        mask = evaluation_mask(mask_path(self.masks, self.folder.names[sample]), size, self.config)
         return patch_means(mask[None], self.config.model.patch_size)
 
     def samples(self, index: int) -> np.ndarray:
@@ -1068,26 +1094,26 @@ def check_masks(masks: Optional[Path], folder: ImageFolder, where: str) -> None:
         )
 
 
-def evaluation_mask(path: Path, config: Config) -> np.ndarray:
-    """A mask in evaluation's geometry: uint8 (S, S).
+def evaluation_mask(path: Path, size: tuple[int, int], config: Config) -> np.ndarray:
+    """The mask of an image of ``size`` (width, height) in evaluation's geometry: uint8 (S, S).
 
     Raises:
         UnreadableImage: it is missing or no image.
     """
-    mask = open_image(path).convert("L")
+    mask = read_mask(path, size)
     return np.asarray(resize_and_crop(mask, config.model.image_size, config.data.val_crop_ratio, Inter.NEAREST))
 
 
-def object_patches(path: Path, config: Config) -> np.ndarray:
+def object_patches(path: Path, size: tuple[int, int], config: Config) -> np.ndarray:
     """The share of each patch that the object covers, in evaluation's geometry: float32 (N,), row by row.
 
-    The mask is white on the object and black elsewhere.
+    The mask, of an image of ``size`` (width, height), is white on the object and black elsewhere.
 
     Raises:
         UserError: the mask is missing or no image.
     """
     try:
-        mask = evaluation_mask(path, config)
+        mask = evaluation_mask(path, size, config)
     except UnreadableImage as error:
         raise UserError(f"data.masks: {error}") from None
     return patch_means(np.where(mask > 127, np.uint8(255), np.uint8(0))[None], config.model.patch_size)[0]

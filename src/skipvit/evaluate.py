@@ -26,6 +26,7 @@ from skipvit.data import (
     EvalBatches,
     ImageFolder,
     check_masks,
+    image_size,
     mask_path,
     object_patches,
     to_dataset,
@@ -116,7 +117,8 @@ def evaluate(
             kept = outputs[1].asnumpy()[valid]
             kept_count = kept.shape[1]
             for sample, places in zip(source.samples(index)[valid], kept):
-                covered = object_patches(mask_path(masks, folder.names[sample]), config)
+                size = image_size(folder.path(sample))
+                covered = object_patches(mask_path(masks, folder.names[sample]), size, config)
                 if covered.sum() > 0:
                     kept_shares.append(float(covered[places].sum() / covered.sum()))
         after_each_batch()
@@ -173,7 +175,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         if not config.skip:
             raise UserError("--keep-ratio: no token skips in this checkpoint's model; leave it out")
         config = config.replace(skip=keeping(config.skip, arguments.keep_ratio))
-    if any(span.score == "mask" for span in given_spans(config)):
+    if arguments.masks is not None or any(span.score == "mask" for span in given_spans(config)):
         check_masks(arguments.masks, folder, "--masks")
     result = evaluate(
         Classify(checkpoint.build_model(replace(saved, config=config)), config),

@@ -162,14 +162,16 @@ class Trainer:
         self.validated = True  # whether what was due to be validated has been, at the last checkpoint
         self.left_out: set[str] = set()  # validation images that could not be read
         self.step_count = 0
-        self.source: Optional[checkpoint.Checkpoint] = None  # of the initial weights, for a run that begins
         self.lock: Optional[IO[str]] = None
-        resumed, warnings = self.open_folder()
+        self.changes: list[str] = []  # what is to be said of the initial weights
+        resumed, begun, warnings = self.open_folder()
         self.check_same_start(resumed)
 
-        self.changes: list[str] = []
         self.phase = self.phase_at(resumed.meta["step"] if resumed is not None else 0)
-        self.step = self.phase_step(resumed.arrays if resumed is not None else None, self.folder)
+        if resumed is None:
+            self.step = TrainStep(begun, config.of_phase(0), process.ranks)
+        else:
+            self.step = self.phase_step(resumed.arrays, self.folder)
         if resumed is not None:
             self.step_count, self.best_top1 = resumed.meta["step"], resumed.meta["best_top1"]
             self.validated = resumed.meta.get("validated", True)
@@ -207,19 +209,20 @@ class Trainer:
         ends = self.config.phase_ends()
         return next((index for index, end in enumerate(ends) if step < end * self.steps_per_epoch), len(ends) - 1)
 
-    def phase_step(self, arrays: Optional[Mapping[str, np.ndarray]], source: Path) -> TrainStep:
+    def phase_step(self, arrays: Mapping[str, np.ndarray], source: Path) -> TrainStep:
         """The training step of the current phase, a graph of its own, with the whole state of ``arrays`` (from
-        ``source``) bit by bit, but for a position embedding of another size; None: with initial weights.
+        ``source``) bit by bit, but for a position embedding of another size.
         """
-        config = self.config.of_phase(self.phase)
-        dtype = runtime.compute_dtype(config.train.precision)
-        net = VisionTransformer(config.model, config.skip, dtype, config.train.seed)
-        if arrays is None and self.source is not None:
-            self.changes = self.take_weights(net, self.source)  # before the step clones them for their average
-        step = TrainStep(net, config, self.process.ranks)
-        if arrays is not None:
-            checkpoint.restore(step.get_parameters(), checkpoint.fit_positions(arrays, net.num_patches), source)
+        net = self.phase_model(self.phase)
+        step = TrainStep(net, self.config.of_phase(self.phase), self.process.ranks)
+        checkpoint.restore(step.get_parameters(), checkpoint.fit_positions(arrays, net.num_patches), source)
         return step
+
+    def phase_model(self, phase: int) -> VisionTransformer:
+        """A phase's model, with initial weights."""
+        config = self.config.of_phase(phase)
+        dtype = runtime.compute_dtype(config.train.precision)
+        return VisionTransformer(config.model, config.skip, dtype, config.train.seed)
 
     def describe_tokens(self, config: Config) -> str:
         """What becomes of a model's tokens, in words."""
@@ -238,11 +241,22 @@ class Trainer:
             f"{config.model.image_size} pixels a side, {self.describe_tokens(config)}"
         )
 
-    def take_weights(self, net: VisionTransformer, source: checkpoint.Checkpoint) -> list[str]:
-        """Begin with the weights of ``train.init_from``; what is to be said of it.
+    def initial_model(self) -> VisionTransformer:
+        """The model that a run begins with: the first phase's, with the weights of ``train.init_from`` where given.
 
         Raises:
-            UserError: they are of a model that differs in more than classes and image size.
+            UserError: those are of a model that differs in more than classes and image size.
+        """
+        net, path = self.phase_model(0), self.config.train.init_from
+        if path is not None:
+            self.changes = self.take_weights(net, checkpoint.load(Path(path)))
+        return net
+
+    def take_weights(self, net: VisionTransformer, source: checkpoint.Checkpoint) -> list[str]:
+        """Give ``net`` the weights of ``train.init_from``; what is to be said of it.
+
+        Raises:
+            UserError: see `initial_model`.
         """
         names = [name for name in (parameter.name for parameter in net.get_parameters()) if name in source.arrays]
         said = [f"initial weights from {source.path}"]
@@ -288,17 +302,19 @@ class Trainer:
                 "room"
             )
 
-    def open_folder(self) -> tuple[Optional[checkpoint.Checkpoint], list[str]]:
+    def open_folder(self) -> tuple[Optional[checkpoint.Checkpoint], Optional[VisionTransformer], list[str]]:
         """Make the run's folder, or find what to go on from in it; no other run has it from here on.
+
+        Returns:
+            The checkpoint to go on from, or else the model to begin with; warnings.
 
         Raises:
             UserError: another run is under way in it, it holds a run and ``train.resume=no``, or one of another
                 identity, or cannot be written.
             RunFailed: the disk is full.
         """
-        new = not self.folder.is_dir()
-        if new:
-            self.source = self.initial_weights()  # a mistake is told before there is a folder
+        # A mistake in the weights to begin with is told before there is a folder.
+        begun = self.initial_model() if not self.folder.is_dir() else None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -307,11 +323,11 @@ class Trainer:
         resumed, more = checkpoint.find(self.folder)
         warnings += more
         if resumed is None:
-            if not new:
-                self.source = self.initial_weights()
+            if begun is None:
+                begun = self.initial_model()
             if self.process.rank == 0:
                 self.write_description()
-            return None, warnings
+            return None, begun, warnings
         if self.config.train.resume == "no":
             raise UserError(
                 f"train.output: {self.folder} already holds a run; train.resume=auto goes on with it, "
@@ -320,12 +336,7 @@ class Trainer:
         self.check_identity(resumed)
         if self.process.rank == 0:
             self.write_description()
-        return resumed, warnings
-
-    def initial_weights(self) -> Optional[checkpoint.Checkpoint]:
-        """Those of ``train.init_from``, where it is given."""
-        path = self.config.train.init_from
-        return checkpoint.load(Path(path)) if path is not None else None
+        return resumed, None, warnings
 
     def take_lock(self) -> list[str]:
         """Keep other runs out of the folder until this process ends, however it does; warnings.
@@ -387,22 +398,24 @@ class Trainer:
 
     def check_identity(self, resumed: checkpoint.Checkpoint) -> None:
         """Refuse to go on with a run that another configuration or other data began."""
-        theirs, ours = from_dict(resumed.meta["config"]).identity(), self.config.identity()
-        for key in sorted(set(theirs) | set(ours)):
-            if theirs.get(key) != ours.get(key):
+
+        def facts(config: Config, global_batch: Optional[int], training_images: Optional[str]) -> dict[str, Any]:
+            return {
+                "skip, number of spans": len(config.skip),
+                "phases, number of them": len(config.phases),
+                **config.identity(),
+                "global batch": global_batch,
+                "training images": training_images,
+            }
+
+        meta = resumed.meta
+        ours = facts(self.config, self.global_batch, self.folders.train.fingerprint())
+        theirs = facts(from_dict(meta["config"]), meta.get("global_batch"), meta.get("training_images"))
+        for key, value in ours.items():
+            if value != theirs[key]:
+                name = key.replace("skip.0.", "skip.") if len(self.config.skip) == 1 else key
                 raise UserError(
-                    f"{key}: {ours.get(key)!r} here, but the run in {self.folder} has {theirs.get(key)!r}; "
-                    "give the same to go on with it, or choose another train.output"
-                )
-        facts = {"global batch": self.global_batch, "training images": self.folders.train.fingerprint()}
-        saved = {
-            "global batch": resumed.meta.get("global_batch"),
-            "training images": resumed.meta.get("training_images"),
-        }
-        for name, value in facts.items():
-            if saved[name] != value:
-                raise UserError(
-                    f"{name}: {value} here, but the run in {self.folder} has {saved[name]}; "
+                    f"{name}: {value!r} here, but the run in {self.folder} has {theirs[key]!r}; "
                     "give the same to go on with it, or choose another train.output"
                 )
 
