@@ -689,13 +689,13 @@ def meant_top1(item: dict[str, Any]) -> float:
 
 
 def cost_points() -> dict[str, dict[float, list[float]]]:
-    """By method: minutes of training by measured steps to the Top-1 of each seed, of lengths whose runs are all in."""
+    """By method: minutes of training by measured steps to the Top-1 of each seed, of lengths of which it has them all."""
     known, times = records(), step_times()
     points: dict[str, dict[float, list[float]]] = {}
     runs = runs_of("3")
-    unfinished = {run.epochs for run in runs if run not in known}
+    unfinished = {(run.setting, run.epochs) for run in runs if run not in known}
     for run in runs:
-        seconds = seconds_of(known[run], times) if run.epochs not in unfinished else None
+        seconds = seconds_of(known[run], times) if (run.setting, run.epochs) not in unfinished else None
         if seconds:
             of_method = points.setdefault(run.setting, {})
             of_method.setdefault(round(seconds / 60, 2), []).append(meant_top1(known[run]))
