@@ -68,6 +68,7 @@ def test_there_are_recipes():
         "imagenet/vit_small_90ep.yaml",
         "imagenet/skipvit_small_90ep.yaml",
         "imagenet/skipvit_small_paper.yaml",
+        "imagenet/skipvit_small_growing.yaml",
         "imagenet/skipvit_small_finetune.yaml",
     }
 
@@ -99,6 +100,10 @@ def test_imagenet_recipe_is_that_of_deit():
     assert (config.augment.mixup, config.augment.cutmix, config.augment.repeats) == (0.8, 1.0, 3)
     (span,) = config.skip
     assert (1 + span.kept_count(196)) % 16 == 0
+    growing = load(ROOT / "configs/imagenet/skipvit_small_growing.yaml")
+    for phase in range(3):
+        model, (span,) = growing.of_phase(phase).model, growing.of_phase(phase).skip
+        assert (1 + span.kept_count(model.num_patches)) % 16 == 0
     (span,) = load(ROOT / "configs/imagenet/skipvit_small_paper.yaml").skip
     assert 1 - span.kept_count(196) / 196 == pytest.approx(0.55, abs=0.002)
 
