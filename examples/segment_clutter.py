@@ -54,11 +54,13 @@ def look(tokens, config, folder, masks, count):
     chosen = np.linspace(0, len(folder) - 1, count).round().astype(int)
     for first in range(0, count - BATCH_SIZE + 1, BATCH_SIZE):
         batch = chosen[first : first + BATCH_SIZE]
-        pixels = np.stack([evaluation_image(open_image(folder.path(index)), config) for index in batch])
+        images = [open_image(folder.path(index)) for index in batch]
+        pixels = np.stack([evaluation_image(image, config) for image in images])
         *rows, places = (value.asnumpy() for value in tokens(Tensor((pixels / 255 - mean) / std)))
         kept = np.zeros(rows[0].shape[:2], bool)
         np.put_along_axis(kept, places, True, axis=1)
-        covered = np.stack([object_patches(mask_path(masks, folder.names[index]), config) for index in batch])
+        paths = [mask_path(masks, folder.names[index]) for index in batch]
+        covered = np.stack([object_patches(path, image.size, config) for path, image in zip(paths, images)])
         classes = np.broadcast_to(folder.labels[batch, None], kept.shape)
         rows += [(covered > 0.5).astype(np.int32), np.where(covered > 0, -1, classes), kept]
         parts.append([value.reshape(-1, *value.shape[2:]) for value in rows])

@@ -689,7 +689,7 @@ def meant_top1(item: dict[str, Any]) -> float:
 
 
 def cost_points() -> dict[str, dict[float, list[float]]]:
-    """By method: minutes of training by measured steps to the Top-1 of each seed, of lengths of which it has them all."""
+    """By method: minutes of training by measured steps to the Top-1 of each seed, of lengths that it has all of."""
     known, times = records(), step_times()
     points: dict[str, dict[float, list[float]]] = {}
     runs = runs_of("3")
