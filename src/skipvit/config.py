@@ -235,16 +235,20 @@ class SpanShape(NamedTuple):
 
 def span_shapes(spans: Sequence[SkipConfig], num_patches: int) -> tuple[SpanShape, ...]:
     """Those of the spans, in order, that keep fewer patches than there are; the others do nothing."""
+    return tuple(shape for shape in _all_shapes(spans, num_patches) if shape.kept < shape.live)
+
+
+def _all_shapes(spans: Sequence[SkipConfig], num_patches: int) -> list[SpanShape]:
     shapes = []
     lead, live = 1, num_patches
     for span in spans:
         kept = span.kept_count(num_patches, lead)
+        shapes.append(SpanShape(span, lead, live, kept))
         if kept < live:
-            shapes.append(SpanShape(span, lead, live, kept))
             if span.skipped != "rejoin":
                 live = kept
             lead += span.skipped == "fuse"
-    return tuple(shapes)
+    return shapes
 
 
 def given_spans(config: "Config") -> tuple[SkipConfig, ...]:
@@ -636,12 +640,8 @@ def check_spans(spans: Sequence[SkipConfig], depth: int) -> None:
 
 def check_choices(spans: Sequence[SkipConfig], num_patches: int) -> None:
     """Refuse spans that find no more patches than they would keep, since those before have dropped the others."""
-    chosen = {shape.span: shape for shape in span_shapes(spans, num_patches)}
-    live = num_patches
-    for index, span in enumerate(spans):
-        if span in chosen:
-            live = chosen[span].kept if span.skipped != "rejoin" else live
-        elif span.keep_ratio < 1 and live < num_patches:
+    for index, (span, _, live, kept) in enumerate(_all_shapes(spans, num_patches)):
+        if span.keep_ratio < 1 and live <= kept and live < num_patches:
             raise UserError(
                 f"skip.{index}.keep_ratio: {span.keep_ratio} is a share of all {num_patches} patches, of which those "
                 f"before leave {live}, so that nothing is left to choose; give less than {live / num_patches:.3g}"

@@ -167,12 +167,12 @@ class Trainer:
         resumed, begun, warnings = self.open_folder()
         self.check_same_start(resumed)
 
-        self.phase = self.phase_at(resumed.meta["step"] if resumed is not None else 0)
         if resumed is None:
+            self.phase = 0
             self.step = TrainStep(begun, config.of_phase(0), process.ranks)
         else:
+            self.phase = self.phase_at(resumed.meta["step"])
             self.step = self.phase_step(resumed.arrays, self.folder)
-        if resumed is not None:
             self.step_count, self.best_top1 = resumed.meta["step"], resumed.meta["best_top1"]
             self.validated = resumed.meta.get("validated", True)
             known = resumed.meta.get("validation_images")
@@ -306,7 +306,7 @@ class Trainer:
         """Make the run's folder, or find what to go on from in it; no other run has it from here on.
 
         Returns:
-            The checkpoint to go on from, or else the model to begin with; warnings.
+            The checkpoint to go on from, or else the model to begin with, and None for the other; warnings.
 
         Raises:
             UserError: another run is under way in it, it holds a run and ``train.resume=no``, or one of another
