@@ -25,13 +25,15 @@ import pytest
 import runs
 from mindspore import Parameter, Tensor
 
-from skipvit import checkpoint, clutter, config, data, evaluate, launch, runtime, train
+from skipvit import checkpoint, clutter, config, data, evaluate, runtime, train
 from skipvit.config import UserError
 from skipvit.runtime import Process
 from skipvit.step import Sums
 
 DOOR = "run_distribute_train.sh"
-PATIENCE = 300  # seconds until a test gives up, on a machine that is busy with other things
+# Seconds until a test gives up, on a machine that is busy with other things; on MindSpore 2.0.0 ranks meet anew, in a
+# minute each time, where its scheduler lost one.
+PATIENCE = 600
 CLASSES = tuple(f"bird {number}" for number in range(7))
 TRAIN_IMAGES, VAL_IMAGES = 53, 37  # no multiples of the global batch
 GLOBAL_BATCH, EPOCHS, STEPS_AN_EPOCH = 16, 4, 3
@@ -135,11 +137,6 @@ STAND_IN = """#!/bin/sh
 exec "{python}" "{program}" "$@"
 """
 
-# MindSpore 2.0.0 loses a reply of its scheduler now and then (launch.numbers_ranks_by_registration), and tells of it in
-# one of these ways. Nothing has begun then.
-LOST_REPLY = re.compile(r"The state of the cluster is error|Failed to connect to the meta server|the scheduler ended")
-MORE_ATTEMPTS = 3 if launch.numbers_ranks_by_registration() else 0
-
 
 class Job:
     """The door's processes, all with a tag in their environment.
@@ -156,9 +153,6 @@ class Job:
     def __init__(self, folder, *overrides, ranks=2, send=None, stop_grace="30", **order):
         self.folder, self.overrides, self.ranks, self.send, self.order = folder, overrides, ranks, send, order
         self.stop_grace = stop_grace
-        self.start()
-
-    def start(self):
         self.tag = str(uuid.uuid4())
         self.record = self.folder / "record" / self.tag
         self.record.mkdir(parents=True)
@@ -176,16 +170,10 @@ class Job:
         )
 
     def finish(self):
-        """The finished process, what each rank held then, and how long it took after one was killed or signalled."""
-        ended = self.end()
-        for _ in range(MORE_ATTEMPTS):
-            if LOST_REPLY.search(ended.err):
-                self.start()
-                ended = self.end()
-        return ended
+        """The finished process, what each rank held then, and how long it took after one was killed or signalled.
 
-    def end(self):
-        """Wait for the end, after which nobody may be left."""
+        Nobody may be left then.
+        """
         try:
             if self.send is not None:
                 deadline = time.monotonic() + PATIENCE
@@ -416,17 +404,14 @@ def readme(jobs):
         runs.ROOT.joinpath("README.md").read_text(),
         re.S,
     ).groups()
-    for _ in range(1 + MORE_ATTEMPTS):
-        ended = subprocess.run(
-            ["bash", "-c", " ".join([commands, *small])],
-            cwd=clone,
-            env=runs.environment(PYTHON=sys.executable),
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-        )
-        if not LOST_REPLY.search(ended.stderr):
-            break
+    ended = subprocess.run(
+        ["bash", "-c", " ".join([commands, *small])],
+        cwd=clone,
+        env=runs.environment(PYTHON=sys.executable),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
     return ended, shown
 
 

@@ -474,15 +474,18 @@ KILL_PATIENCE = 10.0
 BAD_INPUT = 2
 # MindSpore 2.0.0's scheduler says so when it is ready for a rank, and again whenever one has registered.
 READY_FOR_ANOTHER = re.compile(rb"Start server succ|The new node: \S+\(role: MS_WORKER\).* is registered successfully")
+# And so when it has not heard of one for 30 seconds.
+GAVE_A_RANK_UP = re.compile(rb"The total number of timed out node is")
+MEETINGS = 10
 
 
 def numbers_ranks_by_registration() -> bool:
     """Whether MindSpore here is older than 2.3, the first release with msrun: its ranks start one by one.
 
     2.0.0 numbers ranks in the order in which they register, whatever MS_NODE_ID says. Started together they also lost
-    replies of the scheduler in half of the trials there (2 ranks, 2 cores), one by one in 3 of 26, and in most on a
+    replies of the scheduler in half of the trials there (2 ranks, 2 cores), one by one in 3 of 26, and in half on a
     busy machine; init() then ends after 40 seconds with "The state of the cluster is error, total nodes num: 2,
-    abnormal nodes num: 1".
+    abnormal nodes num: 1". So there they meet anew, see ``launch``.
     """
     try:
         major, minor = re.findall(r"[0-9]+", metadata.version("mindspore"))[:2]
@@ -534,10 +537,11 @@ class Supervisor:
             environment = {**environment, "GLOG_v": "1"}  # the level at which it says when it is ready
         self.scheduler = Child("the scheduler", command, environment, self.log_dir / "scheduler.log")
 
-    def run(self, plans: Sequence[RankPlan], command: Sequence[str]) -> int:
+    def run(self, plans: Sequence[RankPlan], command: Sequence[str], may_meet_anew: bool = False) -> int | None:
         """Start the ranks in order and wait for them.
 
         Returns:
+            None, nothing having begun and nothing being said, where the scheduler lost a rank and they may meet anew.
             0 when every rank ended well. After a failure the worst exit code of the ranks that failed of themselves,
             after a signal the worst of all; 128 + n stands for an end by signal n.
         """
@@ -558,7 +562,15 @@ class Supervisor:
         self._kill_everything()
         while sum(child.copy() for child in self._children()):
             pass
+        if may_meet_anew and self._met_in_vain():
+            return None
         return self._verdict(forced)
+
+    def _met_in_vain(self) -> bool:
+        if not self._one_by_one or self.scheduler is None or self._signal is not None:
+            return False
+        begun = any(rank.has_begun for rank in self.ranks)
+        return not begun and GAVE_A_RANK_UP.search(self.scheduler.printed()) is not None
 
     def _may_start_another(self) -> bool:
         if not self._one_by_one or self.scheduler is None:
@@ -705,6 +717,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 def launch(rank_table: str | Path, program: Sequence[str], log_dir: Path) -> int:
     """Check the table, start this machine's ranks, wait for them.
 
+    Where MindSpore 2.0.0 loses a message as they meet, they are started anew, up to 10 times in all; unless there are
+    several servers, whose launchers know nothing of each other.
+
     Args:
         rank_table: The table's file.
         program: What each rank runs: arguments for the Python of ``PYTHON``.
@@ -719,6 +734,25 @@ def launch(rank_table: str | Path, program: Sequence[str], log_dir: Path) -> int
     settings = Settings.of(os.environ)
     table = read_rank_table(rank_table)
     local = local_servers(table, settings)
+    meetings = MEETINGS if len(local) == len(table.servers) else 1
+    for meeting in range(1, meetings + 1):
+        if meeting > 1:
+            _say(f"MindSpore's scheduler lost a rank before the start; starting again ({meeting} of {meetings})")
+        code = _launch_once(table, local, settings, program, log_dir, may_meet_anew=meeting < meetings)
+        if code is not None:
+            break
+    assert code is not None  # the last meeting has one
+    return code
+
+
+def _launch_once(
+    table: RankTable,
+    local: Sequence[Server],
+    settings: Settings,
+    program: Sequence[str],
+    log_dir: Path,
+    may_meet_anew: bool,
+) -> int | None:
     scheduler = place_scheduler(table, local, settings)
     plans = plan_ranks(table, local, settings, scheduler, os.environ, sorted(os.sched_getaffinity(0)))
     with _only_one_in(log_dir), Supervisor(log_dir, settings.stop_grace) as supervisor:
@@ -733,7 +767,7 @@ def launch(rank_table: str | Path, program: Sequence[str], log_dir: Path) -> int
         )
         if scheduler is not None and scheduler.here:
             supervisor.start_scheduler([settings.python, "-c", SCHEDULER_PROGRAM], of_scheduler)
-        return supervisor.run(plans, [settings.python, *program])
+        return supervisor.run(plans, [settings.python, *program], may_meet_anew)
 
 
 @contextlib.contextmanager
