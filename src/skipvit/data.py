@@ -11,6 +11,7 @@ A sample's way: `ImageFolder` lists it, `read_image` reads it, `augment_image` (
 `to_dataset` hands that to MindSpore. Normalisation is the model's first operation: bytes are what is worth moving.
 """
 
+import contextlib
 import functools
 import hashlib
 import inspect
@@ -306,16 +307,23 @@ def open_image(path: Union[str, Path], least_side: Optional[int] = None) -> Imag
             `MAX_IMAGE_BYTES`, or of a kind whose values have no known scale (floating point). Damage that the format
             does not reveal is not noticed: a JPEG's scan carries no checksum.
     """
+    with _opened(path) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise UnreadableImage(path, f"{image.width} by {image.height} pixels are more than {MAX_PIXELS}")
+        if least_side is not None:
+            image.draft(image.mode, (least_side, least_side))
+        image.load()
+        upright = UPRIGHT.get(_exif_orientation(image))
+        rgb = _to_rgb(image)
+        return rgb.transpose(upright) if upright is not None else rgb
+
+
+@contextlib.contextmanager
+def _opened(path: Union[str, Path]) -> Iterator[Image.Image]:
+    """An image whose pixels are still to be read; whatever fails meanwhile is an `UnreadableImage`."""
     try:
         with _open_file(path) as file, Image.open(file, formats=IMAGE_FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise UnreadableImage(path, f"{image.width} by {image.height} pixels are more than {MAX_PIXELS}")
-            if least_side is not None:
-                image.draft(image.mode, (least_side, least_side))
-            image.load()
-            upright = UPRIGHT.get(_exif_orientation(image))
-            rgb = _to_rgb(image)
-        return rgb.transpose(upright) if upright is not None else rgb
+            yield image
     except (UnreadableImage, MemoryError):
         raise
     except UnidentifiedImageError:
@@ -331,16 +339,11 @@ def image_size(path: Union[str, Path]) -> tuple[int, int]:
     Raises:
         UnreadableImage: the file has no sound head.
     """
-    try:
-        with _open_file(path) as file, Image.open(file, formats=IMAGE_FORMATS) as image:
-            if image.format == "TIFF":  # turned by Pillow as it loads
-                image.load()
-            width, height = image.size
-            return (height, width) if _exif_orientation(image) in SIDEWAYS else (width, height)
-    except UnreadableImage:
-        raise
-    except Exception as error:
-        raise UnreadableImage(path, " ".join(str(error).split()) or type(error).__name__) from None
+    with _opened(path) as image:
+        if image.format == "TIFF":  # turned by Pillow as it loads
+            image.load()
+        width, height = image.size
+        return (height, width) if _exif_orientation(image) in SIDEWAYS else (width, height)
 
 
 def read_mask(path: Union[str, Path], size: tuple[int, int]) -> Image.Image:

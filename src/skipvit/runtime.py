@@ -200,18 +200,22 @@ def compile_sharing(cells: Iterable[ms.nn.Cell], compile_graph: Callable[[], Non
     hundred of others. What fails is compiled anew without sharing, and raises what is wrong with the graph itself.
     """
     marked = list(cells) if on_cpu() and "policy" in _parameters_of_lazy_inline() else []
+    if marked:
+        with contextlib.suppress(Exception), _sharing(marked):  # whatever operator meets the wrong shape first
+            return compile_graph()
+    return compile_graph()
+
+
+@contextlib.contextmanager
+def _sharing(cells: list[ms.nn.Cell]) -> Iterator[None]:
     name = f"lazy_inline_{next(_compilations)}"
-    for cell in marked:
+    for cell in cells:
         cell.cell_init_args, cell.no_inline = name, False
     try:
-        return compile_graph()
-    except Exception:  # whatever operator meets the wrong shape first
-        if not marked:
-            raise
+        yield
     finally:
-        for cell in marked:
+        for cell in cells:
             del cell._cell_init_args, cell.no_inline
-    compile_graph()
 
 
 _compilations = itertools.count()
