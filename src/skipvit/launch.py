@@ -512,9 +512,10 @@ class Supervisor:
         self._one_by_one = False
         self._signal: int | None = None
         self._odd_since: float | None = None
-        # Once ranks were told to end: when they are killed, and which had failed of themselves by then.
+        # Once ranks were told to end: when they are killed, which had failed of themselves by then, and which were.
         self._deadline: float | None = None
         self._failed: list[Child] = []
+        self._forced: list[Child] = []
 
     def __enter__(self) -> Supervisor:
         """Take signals, and what our descendants leave behind."""
@@ -537,14 +538,10 @@ class Supervisor:
             environment = {**environment, "GLOG_v": "1"}  # the level at which it says when it is ready
         self.scheduler = Child("the scheduler", command, environment, self.log_dir / "scheduler.log")
 
-    def run(self, plans: Sequence[RankPlan], command: Sequence[str], may_meet_anew: bool = False) -> int | None:
-        """Start the ranks in order and wait for them.
-
-        Returns:
-            None, nothing having begun and nothing being said, where the scheduler lost a rank and they may meet anew.
-            0 when every rank ended well. After a failure the worst exit code of the ranks that failed of themselves,
-            after a signal the worst of all; 128 + n stands for an end by signal n.
-        """
+    def run(self, plans: Sequence[RankPlan], command: Sequence[str]) -> None:
+        """Start the ranks in order and wait until they and all below them have ended; for the first time or again."""
+        self.ranks, self._forced, self._failed = [], [], []
+        self._odd_since = self._deadline = None
         waiting = deque(plans)
         while waiting or any(rank.exit_code is None for rank in self.ranks):
             if self._deadline is None:
@@ -558,15 +555,13 @@ class Supervisor:
             self._copy_output()
             for child in self._children():
                 child.poll()
-        forced = [rank for rank in self.ranks if rank.exit_code is None]
+        self._forced = [rank for rank in self.ranks if rank.exit_code is None]
         self._kill_everything()
         while sum(child.copy() for child in self._children()):
             pass
-        if may_meet_anew and self._met_in_vain():
-            return None
-        return self._verdict(forced)
 
-    def _met_in_vain(self) -> bool:
+    def met_in_vain(self) -> bool:
+        """Whether the scheduler lost one of the ranks before any of them had begun, so that they may be run again."""
         if not self._one_by_one or self.scheduler is None or self._signal is not None:
             return False
         begun = any(rank.has_begun for rank in self.ranks)
@@ -611,11 +606,16 @@ class Supervisor:
                 # To the rank alone, not to its data workers: it needs them to finish its step.
                 rank.process.send_signal(signal.SIGINT if self._signal == signal.SIGINT else signal.SIGTERM)
 
-    def _verdict(self, forced: Sequence[Child]) -> int:
-        """The exit code, and the reason on standard error."""
+    def verdict(self) -> int:
+        """How the run ended, with the reason on standard error.
+
+        Returns:
+            0 when every rank ended well. After a failure the worst exit code of the ranks that failed of themselves,
+            after a signal the worst of all; 128 + n stands for an end by signal n.
+        """
         told = self._deadline is not None
         if told and self._signal is not None and not self._failed:
-            for rank in forced:
+            for rank in self._forced:
                 _say(f"{rank.name} did not end within {self.stop_grace:g} seconds and was killed")
                 rank.exit_code = 128 + signal.SIGKILL
             return max((rank.exit_code or 0 for rank in self.ranks), default=128 + self._signal)
@@ -726,7 +726,7 @@ def launch(rank_table: str | Path, program: Sequence[str], log_dir: Path) -> int
         log_dir: Where ``rank_<i>.log`` go; made where it is not there.
 
     Returns:
-        The exit code, see ``Supervisor.run``.
+        The exit code, see ``Supervisor.verdict``.
 
     Raises:
         UserError: Anything found wrong before the ranks run.
@@ -734,25 +734,6 @@ def launch(rank_table: str | Path, program: Sequence[str], log_dir: Path) -> int
     settings = Settings.of(os.environ)
     table = read_rank_table(rank_table)
     local = local_servers(table, settings)
-    meetings = MEETINGS if len(local) == len(table.servers) else 1
-    for meeting in range(1, meetings + 1):
-        if meeting > 1:
-            _say(f"MindSpore's scheduler lost a rank before the start; starting again ({meeting} of {meetings})")
-        code = _launch_once(table, local, settings, program, log_dir, may_meet_anew=meeting < meetings)
-        if code is not None:
-            break
-    assert code is not None  # the last meeting has one
-    return code
-
-
-def _launch_once(
-    table: RankTable,
-    local: Sequence[Server],
-    settings: Settings,
-    program: Sequence[str],
-    log_dir: Path,
-    may_meet_anew: bool,
-) -> int | None:
     scheduler = place_scheduler(table, local, settings)
     plans = plan_ranks(table, local, settings, scheduler, os.environ, sorted(os.sched_getaffinity(0)))
     with _only_one_in(log_dir), Supervisor(log_dir, settings.stop_grace) as supervisor:
@@ -760,14 +741,20 @@ def _launch_once(
         if scheduler is not None and settings.launcher == "msrun":
             plans, of_scheduler = given_by_msrun(plans, scheduler)
         ranks = ", ".join(str(plan.rank) for plan in plans)
-        meeting = f", scheduler {scheduler.host}:{scheduler.port}" if scheduler else ""
+        where = f", scheduler {scheduler.host}:{scheduler.port}" if scheduler else ""
         _say(
             f"ranks {ranks} of {table.rank_count} on {settings.device_target}, "
-            f"{settings.launcher} start{meeting}; logs in {log_dir}"
+            f"{settings.launcher} start{where}; logs in {log_dir}"
         )
-        if scheduler is not None and scheduler.here:
-            supervisor.start_scheduler([settings.python, "-c", SCHEDULER_PROGRAM], of_scheduler)
-        return supervisor.run(plans, [settings.python, *program], may_meet_anew)
+        meetings = MEETINGS if len(local) == len(table.servers) else 1
+        for left in reversed(range(meetings)):
+            if scheduler is not None and scheduler.here:
+                supervisor.start_scheduler([settings.python, "-c", SCHEDULER_PROGRAM], of_scheduler)
+            supervisor.run(plans, [settings.python, *program])
+            if not left or not supervisor.met_in_vain():
+                break
+            _say(f"MindSpore's scheduler lost a rank before the start; starting again, at most {left} times")
+        return supervisor.verdict()
 
 
 @contextlib.contextmanager
