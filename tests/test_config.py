@@ -201,7 +201,7 @@ def test_phases_part_the_epochs_and_say_what_is_other(recipe):
 
 
 @given(st.integers(1, 300), st.lists(st.integers(1, 9), min_size=1, max_size=9))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_phases_end_with_the_epochs(epochs, parts):
     """However the shares are rounded in binary."""
     phases = tuple(PhaseConfig(part / sum(parts)) for part in parts)
@@ -630,7 +630,7 @@ def check_type(value, hint):
         assert type(value) is hint
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(recipes, overrides)
 def test_any_yaml_gives_a_config_or_one_line(tmp_path_factory, raw, given_overrides):
     path = tmp_path_factory.getbasetemp() / "any.yaml"
@@ -638,7 +638,7 @@ def test_any_yaml_gives_a_config_or_one_line(tmp_path_factory, raw, given_overri
     config_or_user_error(load, path, given_overrides)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.one_of(st.binary(max_size=60), st.text(alphabet="{}[]:,-!&*#|>'\"\n ab01.~<=?%@", max_size=40).map(str.encode))
 )
@@ -648,7 +648,7 @@ def test_any_bytes_give_a_config_or_one_line(tmp_path_factory, content):
     config_or_user_error(load, path)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.dictionaries(names, plain, max_size=3))
 def test_any_plain_data_gives_a_config_or_one_line(raw):
     config_or_user_error(from_dict, raw)

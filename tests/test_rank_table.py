@@ -392,7 +392,7 @@ JSON_VALUES = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data())
 def test_any_table_is_read_or_refused_in_one_line(tmp_path, data):
     table = data.draw(st.sampled_from([table_of(2, 2), group_table_of(2, 2)]))

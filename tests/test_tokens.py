@@ -111,7 +111,7 @@ def test_rank_orders_from_the_highest_score_down(sort_dtype):
 
 
 @given(score=hnp.arrays(np.float32, (B, N), elements=st.floats(0, 1, width=16)))
-@settings(max_examples=50, deadline=None, database=None, derandomize=True)
+@settings(max_examples=50)
 def test_rank_is_a_permutation_whatever_the_scores(score):
     order = tokens.rank(Tensor(score), ms.float32).asnumpy()
     assert_permutations(order)
