@@ -605,7 +605,7 @@ if not met_well:
 AGAIN = "MindSpore's scheduler lost a rank before the start; starting again, at most {} times\n"
 
 
-def meet(start, folder, lost, table=None, version="2.0.0", **environment):
+def meet(start, folder, lost, version="2.0.0", **environment):
     """Two ranks under a MindSpore of that version: exit code, what was printed, standard error, meetings."""
     described = folder / f"mindspore-{version}.dist-info/METADATA"
     described.parent.mkdir()
@@ -615,7 +615,7 @@ def meet(start, folder, lost, table=None, version="2.0.0", **environment):
     program.chmod(0o755)
     path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
     settings = {"PYTHON": str(program), "PYTHONPATH": path, "LOST": str(lost), "STOP_GRACE": "1", **environment}
-    launched = start(OF_A_MEETING, table=table, **{"DEVICE_TARGET": "CPU", **settings})
+    launched = start(OF_A_MEETING, DEVICE_TARGET="CPU", **settings)
     code, out, error = launched.end()
     return code, out, error, len((launched.record / "meetings").read_text().splitlines())
 

@@ -476,7 +476,7 @@ BAD_INPUT = 2
 READY_FOR_ANOTHER = re.compile(rb"Start server succ|The new node: \S+\(role: MS_WORKER\).* is registered successfully")
 # And so when it has not heard of one for 30 seconds.
 GAVE_A_RANK_UP = re.compile(rb"The total number of timed out node is")
-MEETINGS = 10
+MEETINGS = 10  # at most, where it gives ranks up
 
 
 def numbers_ranks_by_registration() -> bool:
@@ -512,10 +512,9 @@ class Supervisor:
         self._one_by_one = False
         self._signal: int | None = None
         self._odd_since: float | None = None
-        # Once ranks were told to end: when they are killed, which had failed of themselves by then, and which were.
+        # Once ranks were told to end: when they are killed, and which had failed of themselves by then.
         self._deadline: float | None = None
         self._failed: list[Child] = []
-        self._forced: list[Child] = []
 
     def __enter__(self) -> Supervisor:
         """Take signals, and what our descendants leave behind."""
@@ -540,7 +539,7 @@ class Supervisor:
 
     def run(self, plans: Sequence[RankPlan], command: Sequence[str]) -> None:
         """Start the ranks in order and wait until they and all below them have ended; for the first time or again."""
-        self.ranks, self._forced, self._failed = [], [], []
+        self.ranks, self._failed = [], []
         self._odd_since = self._deadline = None
         waiting = deque(plans)
         while waiting or any(rank.exit_code is None for rank in self.ranks):
@@ -555,8 +554,7 @@ class Supervisor:
             self._copy_output()
             for child in self._children():
                 child.poll()
-        self._forced = [rank for rank in self.ranks if rank.exit_code is None]
-        self._kill_everything()
+        self._kill_everything()  # those that did not end of themselves keep no exit code
         while sum(child.copy() for child in self._children()):
             pass
 
@@ -615,9 +613,10 @@ class Supervisor:
         """
         told = self._deadline is not None
         if told and self._signal is not None and not self._failed:
-            for rank in self._forced:
-                _say(f"{rank.name} did not end within {self.stop_grace:g} seconds and was killed")
-                rank.exit_code = 128 + signal.SIGKILL
+            for rank in self.ranks:
+                if rank.exit_code is None:
+                    _say(f"{rank.name} did not end within {self.stop_grace:g} seconds and was killed")
+                    rank.exit_code = 128 + signal.SIGKILL
             return max((rank.exit_code or 0 for rank in self.ranks), default=128 + self._signal)
         failed = self._failed if told else [rank for rank in self.ranks if rank.exit_code]
         if failed:
