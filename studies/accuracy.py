@@ -156,6 +156,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "skip": span(3, 11, 0.45, "random"),
         "phases": phases((0.8, {"image_size": 24}), (0.2, {"image_size": 40})),
     },
+    # As fast, from smaller images on, so that there is more time for larger ones.
+    "random_growing_from_16": {
+        "skip": span(3, 11, 0.45, "random"),
+        "phases": phases((0.3, {"image_size": 16}), (0.4, {"image_size": 24}), (0.3, {"image_size": 40})),
+    },
+    "random_growing_in_steps": {
+        "skip": span(3, 11, 0.45, "random"),
+        "phases": phases((0.3, {"image_size": 16}), (0.3, {"image_size": 24}), (0.2, {}), (0.2, {"image_size": 40})),
+    },
     # As dear as `random`: what small images first save is spent on keeping more tokens throughout.
     "random65_small_images_first": {"skip": span(3, 11, 0.65, "random"), "phases": SMALL_IMAGES_FIRST},
     # As dear as `random`, ending on larger images, whose kept tokens cost at test what all of dense's do.
@@ -198,7 +207,8 @@ TIERS = (
     (MORE_PASSES, SEEDS, "dense random random_small_images_first random25 random10_first"),
     (MOST_PASSES, SEEDS, "dense random random25"),
     (MANY_PASSES, SEEDS, "random_growing_images random_large_images_last random65_small_images_first"),
-    (MANY_PASSES, SEEDS, "random_small_then_large_images random_small_images_first random10_first"),
+    (MANY_PASSES, SEEDS, "random_small_then_large_images random_growing_from_16 random_growing_in_steps"),
+    (MANY_PASSES, SEEDS, "random_small_images_first random10_first"),
     (
         FEW_PASSES,
         (100, 101, 102),  # those of question 1's first choice, which was given up
