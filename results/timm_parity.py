@@ -111,8 +111,8 @@ def main(argv):
     """See the module."""
     if len(argv) != 2:
         sys.exit(__doc__)
-    paths = sorted(Path(argv[0]).resolve().glob("*.[jJ][pP]*"))
-    paths = [str(path) for path in paths[:: max(1, len(paths) // IMAGES)]][:IMAGES]
+    photographs = sorted(Path(argv[0]).resolve().glob("*.[jJ][pP]*"))
+    paths = [str(path) for path in photographs[:: max(1, len(photographs) // IMAGES)]][:IMAGES]
     python = str(Path(argv[1]).absolute())
     with tempfile.TemporaryDirectory() as folder:
         results = [compare(*case, paths, python, Path(folder)) for case in CASES]

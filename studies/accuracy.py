@@ -326,8 +326,8 @@ def train(run: Run, work: Path) -> None:
         record["object_kept"] = [[item["epoch"], item["object_kept"]] for item in validations]
         record["random_kept"] = validations[-1]["random_kept"]
     else:
-        for key, (images, options) in checks_of(run).items():
-            place = ["--data", str(work / "cifar10" / images)]
+        for key, (folder_of_images, options) in checks_of(run).items():
+            place = ["--data", str(work / "cifar10" / folder_of_images)]
             record[key] = command(["evaluate", str(folder / "last.ckpt"), *place, *options], work)["top1"]
     RESULTS.mkdir(parents=True, exist_ok=True)
     write_whole(run.record, json.dumps(record, indent=1) + "\n")
@@ -589,6 +589,17 @@ def answered(choice: dict[str, Any]) -> list[str]:
     return [name for name in tested_keep_ratios(choice) if not {name, "dense"} & missing]
 
 
+def untold() -> set[Run]:
+    """Runs of question 1 that are to be compared with dense when the answer is there, and not before."""
+    return {
+        run
+        for choice in current_choices()
+        for told in [answered(choice)]
+        for run in runs_of_choice(choice)
+        if not told or run.setting not in ("dense", *told)
+    }
+
+
 def give_up(reason: str) -> None:
     """Record why question 1 is no longer about the newest choice, which an answer rules out."""
     items = choices()
@@ -638,12 +649,12 @@ def costs(ours: dict[str, Any], dense: dict[str, Any]) -> list[str]:
 
 
 def settings_table(length: Length) -> str:
-    """Every setting against dense on the seeds that both have, on the held-out images; but for question 1's runs."""
-    own = runs_of("1")
+    """Every setting against dense on the seeds that both have, on the held-out images; but for what is not told yet."""
+    waiting = untold()
     known = {
         (run.setting, run.seed): item
         for run, item in records().items()
-        if (run.images, run.epochs) == length and run not in own
+        if (run.images, run.epochs) == length and run not in waiting
     }
     rows = []
     for name in SETTINGS:
@@ -723,8 +734,9 @@ def cost_table() -> str:
 
 
 def verdicts() -> str:
-    """Question 1: what was chosen, the newest first, each choice with its answer."""
-    return "\n\n".join([*nothing_chosen(), *(verdict_of(choice) for choice in reversed(choices()))])
+    """Question 1: each choice with its answer, the newest first, and last those that were given up."""
+    ordered = sorted(choices(), key=lambda choice: "given_up" not in choice)[::-1]
+    return "\n\n".join([*nothing_chosen(), *map(verdict_of, ordered)])
 
 
 def verdict_of(choice: dict[str, Any]) -> str:
@@ -837,9 +849,9 @@ def draw() -> None:
     if curves:
         figure, axes = picture("epochs", "share of the object's patches kept")
         for score, of_score in curves.items():
-            epochs, means, low, high = zip(*of_score)
-            axes.plot(epochs, means, "o-", label=score)
-            axes.fill_between(epochs, low, high, alpha=0.2)
+            epochs, shares, least, largest = zip(*of_score)
+            axes.plot(epochs, shares, "o-", label=score)
+            axes.fill_between(epochs, least, largest, alpha=0.2)
         axes.set_ylim(0, 1)
         axes.legend(frameon=False)
         figure.savefig(ROOT / CLUTTER_PICTURE, dpi=120)
@@ -936,16 +948,15 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         if not getattr(arguments, name):
             missing = f"--{name}" if name != "what" else "a setting" if arguments.command == "choose" else "a reason"
             raise UserError(f"{arguments.command}: needs {missing}; see --help")
-    if arguments.work is not None:
-        arguments.work = arguments.work.absolute()
+    work: Any = arguments.work and arguments.work.absolute()
 
     if arguments.command == "prepare":
-        prepare(arguments.cifar10, arguments.work)
+        prepare(arguments.cifar10, work)
     elif arguments.command == "plan":
         for run in all_runs(arguments.question):
             print(f"{'done' if run.record.exists() else '    '} {run.name}")
     elif arguments.command == "run":
-        run_missing(arguments.question, arguments.work, arguments.limit, arguments.jobs)
+        run_missing(arguments.question, work, arguments.limit, arguments.jobs)
     elif arguments.command == "time":
         measure(groups_of=4, warmup=8, steps=12)
     elif arguments.command == "choose":
