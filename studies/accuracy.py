@@ -657,7 +657,7 @@ def settings_table(length: Length) -> str:
         for run, item in records().items()
         if (run.images, run.epochs) == length and run not in waiting
     }
-    rows = []
+    rows, all_differences = [], []
     for name in SETTINGS:
         seeds = sorted(seed for setting, seed in known if setting == name and ("dense", seed) in known)
         if not seeds:
@@ -668,6 +668,8 @@ def settings_table(length: Length) -> str:
             *([item.get(key) for item in ours] for key in ("top1_more", "top1_no_skip")),
         )
         differences = [item["top1"] - other["top1"] for item, other in zip(ours, dense)]
+        if name != "dense" and len(differences) > 1:
+            all_differences.append(differences)
         rows.append(
             [
                 link(Run(name, *length, seeds[0])),
@@ -681,7 +683,23 @@ def settings_table(length: Length) -> str:
         )
     tests = ["with skipping", f"{MORE_AT_TEST:g} more kept", "without"]
     header = ["setting", "", "FLOPs", "time", "Top-1", "less dense", *tests, "seeds"]
-    return table(header, rows) if rows else "No run yet."
+    return "\n\n".join([table(header, rows), *how_sure(all_differences)]) if rows else "No run yet."
+
+
+def how_sure(all_differences: Sequence[Sequence[float]]) -> list[str]:
+    """What so few seeds can tell: a sentence on how paired differences vary, over all settings; none without any.
+
+    With two or three seeds a setting's own interval is mostly chance; what all of them vary by is known better.
+    """
+    freedom = sum(len(differences) - 1 for differences in all_differences)
+    if not freedom:
+        return []
+    pooled = np.sqrt(sum((len(item) - 1) * np.var(item, ddof=1) for item in all_differences) / freedom)
+    half = stats.t.ppf(0.975, freedom) * pooled / np.sqrt(len(SEEDS))
+    return [
+        f"Over all settings of this table a difference varies by {pooled:.2f} points between seeds (pooled standard "
+        f"deviation), so that a mean of {len(SEEDS)} seeds is known to {half:.1f} either way."
+    ]
 
 
 def describe(setting: dict[str, Any]) -> str:

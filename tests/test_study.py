@@ -214,6 +214,11 @@ def test_differences_are_paired_by_seed_with_students_interval(place, monkeypatc
     assert f"| 50.17 | +0.50 ({low:+.2f} to {high:+.2f}) | 50.17 | 51.17 | 49.17 | 3 |" in row
     (row,) = [line for line in text.splitlines() if "`keep10`" in line]
     assert "| 40.00 | -10.00 | 40.00 |  | 30.00 | 1 |" in row
+    assert "varies by 1.00 points between seeds" in text, "one seed says nothing of that"
+    assert f"is known to {(high - low) / 2:.1f} either way" in text
+    for seed, top1 in enumerate(dense[:2]):
+        record(study.Run("keep25", *study.HALF_OF_THEM, seed), top1 + 3 * seed)
+    assert f"varies by {((2 * 1.0 + 4.5) / 3) ** 0.5:.2f} points" in study.settings_table(study.HALF_OF_THEM)
     shape = study.shape_of(study.Run("paper", *study.HALF_OF_THEM, 0).config())
     times = {
         "ratios": {shape: 0.6, study.shape_of(study.Run("dense", *study.HALF_OF_THEM, 0).config()): 1.0},
