@@ -592,13 +592,12 @@ def answered(choice: dict[str, Any]) -> list[str]:
 
 def untold() -> set[Run]:
     """Runs of question 1 that are to be compared with dense when the answer is there, and not before."""
-    return {
-        run
-        for choice in current_choices()
-        for told in [answered(choice)]
-        for run in runs_of_choice(choice)
-        if not told or run.setting not in ("dense", *told)
-    }
+    waiting: set[Run] = set()
+    for choice in current_choices():
+        told = answered(choice)
+        compared = {"dense", *told} if told else set()
+        waiting.update(run for run in runs_of_choice(choice) if run.setting not in compared)
+    return waiting
 
 
 def give_up(reason: str) -> None:
@@ -622,8 +621,13 @@ def interval(differences: Sequence[float]) -> str:
     mean = float(np.mean(differences))
     if len(differences) < 2:
         return f"{mean:+.2f}"
-    half = float(stats.t.ppf(0.975, len(differences) - 1) * np.std(differences, ddof=1) / np.sqrt(len(differences)))
+    half = half_width(float(np.std(differences, ddof=1)), len(differences) - 1, len(differences))
     return f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})"
+
+
+def half_width(deviation: float, freedom: int, count: int) -> float:
+    """Of the 95% interval of a mean of so many, by the standard deviation of one and its degrees of freedom."""
+    return float(stats.t.ppf(0.975, freedom) * deviation / np.sqrt(count))
 
 
 def records() -> dict[Run, dict[str, Any]]:
@@ -695,7 +699,7 @@ def how_sure(all_differences: Sequence[Sequence[float]]) -> list[str]:
     if not freedom:
         return []
     pooled = np.sqrt(sum((len(item) - 1) * np.var(item, ddof=1) for item in all_differences) / freedom)
-    half = stats.t.ppf(0.975, freedom) * pooled / np.sqrt(len(SEEDS))
+    half = half_width(float(pooled), freedom, len(SEEDS))
     return [
         f"Over all settings of this table a difference varies by {pooled:.2f} points between seeds (pooled standard "
         f"deviation), so that a mean of {len(SEEDS)} seeds is known to {half:.1f} either way."
