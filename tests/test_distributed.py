@@ -25,7 +25,7 @@ import pytest
 import runs
 from mindspore import Parameter, Tensor
 
-from skipvit import checkpoint, clutter, config, data, evaluate, runtime, train
+from skipvit import checkpoint, clutter, config, data, evaluate, log, runtime, train
 from skipvit.config import UserError
 from skipvit.runtime import Process
 from skipvit.step import Sums
@@ -42,9 +42,10 @@ SEEDS = [["train.seed=11"], ["train.seed=97"]]  # of rank 0 and of rank 1
 
 # The real training, with an order: `overrides` of each rank's own; `kill`: [rank, step] at which it is killed, as by
 # the system when memory runs out; `hold`: where rank 0 waits for a signal, after a step or at "start" or "validation";
-# `overflow`: the step in which rank 1 overflows; `pause`: [rank, step] at which it stands still for a while.
+# `overflow`: the step in which rank 1 overflows; `pause`: [rank, step] at which it stands still for a while; `crash`: the
+# rank that crashes while its process ends.
 RANK = """
-import json, os, signal, subprocess, sys, time
+import atexit, json, os, signal, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +129,8 @@ def run(self, original=train.Trainer.run):
 
 
 train.Trainer.run = run
+if order.get("crash") == rank:
+    atexit.register(os.kill, os.getpid(), signal.SIGSEGV)
 overrides = order["overrides"][rank] if "overrides" in order else []
 sys.exit(run_command(train.main, sys.argv[3:] + overrides))
 """
@@ -356,9 +359,10 @@ def whole(jobs):
 
 @scenario
 def odd_rank(jobs):
-    """Rank 1 overflows in step 5, stands still for 8 seconds after step 8, and cannot read an image to validate on."""
+    """Rank 1 overflows in step 5, stands still for 8 seconds after step 8, cannot read an image to validate on, and
+    crashes as it ends."""
     overrides = ("train.precision=fp16", "train.stall_seconds=2", "data.val=damaged val")
-    return jobs.job("odd rank", *overrides, overflow=5, pause=[1, 8])
+    return jobs.job("odd rank", *overrides, overflow=5, pause=[1, 8], crash=1)
 
 
 @scenario
@@ -495,6 +499,14 @@ def test_an_overflow_on_one_rank_is_skipped_on_all(odd_rank, lab):
         if name not in ("state.loss_sum", "state.steps"):
             np.testing.assert_array_equal(value, second[name], err_msg=name)
     assert first["optimizer.updates"] == STEPS - sum(line["overflows"] for line in training.values())
+
+
+@pytest.mark.slow
+def test_a_rank_that_crashes_when_it_is_done_has_not_failed(odd_rank, jobs):
+    assert odd_rank.code == 0, odd_rank.err
+    assert jobs.step("odd rank") == STEPS
+    assert "rank 1 (server node_0, device 1) was ended by SIGSEGV when its work was done and saved" in odd_rank.err
+    assert log.DONE not in odd_rank.err
 
 
 @pytest.mark.slow

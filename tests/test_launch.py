@@ -408,6 +408,24 @@ def test_a_rank_that_is_killed(start):
     assert "rank 1 (server 127.0.0.1, device 1) was ended by SIGKILL; every other rank was stopped" in error
 
 
+def test_a_rank_that_crashes_when_it_is_done(start):
+    """It has not failed, and the others are let finish."""
+    part = f"""
+if rank == 1:
+    print({log.DONE!r}, file=sys.stderr, flush=True)
+    note("done")
+    os.kill(os.getpid(), signal.SIGSEGV)
+wait_for("done_1")
+time.sleep(1)
+print(f"rank {{rank}} has finished")"""
+    code, out, error = start(part).end()
+    assert (code, out) == (0, "rank 0 has finished\n")
+    assert error.splitlines()[-1] == (
+        "run_distribute_train: rank 1 (server 127.0.0.1, device 1) was ended by SIGSEGV when its work was done and "
+        "saved; nothing is lost"
+    )
+
+
 def test_ranks_that_do_not_listen_are_killed(start):
     part = f"""
 signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -18,7 +18,8 @@ Supervision: each rank in a session of its own, its output in ``rank_<i>.log`` a
 SIGTERM are passed on once (SIGHUP as SIGTERM), ranks then have a grace period to write their checkpoint; a rank that
 fails brings all others down; whatever is left of the process tree is killed, also when it has left its session
 (PR_SET_CHILD_SUBREAPER), and ranks die with a launcher that is itself killed (PR_SET_PDEATHSIG). A failure on another
-server shows here when HCCL gives up waiting (HCCL_EXEC_TIMEOUT).
+server shows here when HCCL gives up waiting (HCCL_EXEC_TIMEOUT). A rank that is done says so (``log.DONE``): where
+MindSpore crashes while the process ends, as 2.0.0 was seen to, the training has not failed.
 
 No part of this has run on an NPU. The starts on CPU are tested on MindSpore 2.0.0 and 2.10.0.
 """
@@ -57,7 +58,7 @@ if __name__ == "__main__" and "skipvit" not in sys.modules:
     sys.modules["skipvit"].__path__ = [os.path.dirname(os.path.abspath(__file__))]
 
 from skipvit.config import UserError, load
-from skipvit.log import Parser, run_command
+from skipvit.log import DONE, Parser, run_command
 from skipvit.rank_table import RankTable, Server, address_of, find_server, read_rank_table, this_machine
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -335,6 +336,7 @@ class Child:
         name: How messages call it.
         exit_code: None while it runs, 128 + n when signal n ended it.
         has_begun: Whether it has said something on standard output, which bad input keeps it from.
+        is_done: Whether it has said ``log.DONE``: a signal that ends it from then on is no failure.
     """
 
     def __init__(
@@ -349,7 +351,7 @@ class Child:
         """Start it; UserError where it cannot be started or its log cannot be written."""
         self.name, self.log_path, self.on_terminal = name, log_path, on_terminal
         self.exit_code: int | None = None
-        self.has_begun = False
+        self.has_begun = self.is_done = False
         try:
             self._log = log_path.open("ab", buffering=0)  # a resumed run keeps the logs of the one before
             self._log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} ---\n".encode())
@@ -372,6 +374,10 @@ class Child:
         code = self.process.poll()
         if self.exit_code is None and code is not None:
             self.exit_code = code if code >= 0 else 128 - code
+            self.copy()  # its last words: no more than a pipe holds
+            if self.is_done and code < 0:
+                _say(f"{self.name} {self.how_it_ended()} when its work was done and saved; nothing is lost")
+                self.exit_code = 0
         return self.exit_code
 
     def how_it_ended(self) -> str:
@@ -405,7 +411,9 @@ class Child:
     def _take(self, line: bytes, terminal: Any) -> None:
         with contextlib.suppress(OSError):  # the disk is full: the training may still go on
             self._log.write(line + b"\n")
-        if self.on_terminal and not FRAMEWORK_CHATTER.match(line):
+        if line == DONE.encode():
+            self.is_done = True
+        elif self.on_terminal and not FRAMEWORK_CHATTER.match(line):
             try:
                 terminal.buffer.write(line + b"\n")
                 terminal.flush()

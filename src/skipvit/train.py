@@ -48,6 +48,7 @@ from skipvit.evaluate import Result, evaluate, summary
 from skipvit.inference import Classify, views
 from skipvit.log import (
     DISK_ERRORS,
+    DONE,
     Parser,
     Progress,
     RunFailed,
@@ -83,7 +84,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     config = resolve(config, folders, process)
     trainer = Trainer(config, folders, process, stop)
     with trainer.watch:
-        return trainer.run()
+        code = trainer.run()
+    if process.ranks > 1 and code == 0:
+        print(DONE, file=sys.stderr, flush=True)
+    return code
 
 
 def resolve(config: Config, folders: Folders, process: runtime.Process) -> Config:
