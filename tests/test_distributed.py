@@ -42,8 +42,8 @@ SEEDS = [["train.seed=11"], ["train.seed=97"]]  # of rank 0 and of rank 1
 
 # The real training, with an order: `overrides` of each rank's own; `kill`: [rank, step] at which it is killed, as by
 # the system when memory runs out; `hold`: where rank 0 waits for a signal, after a step or at "start" or "validation";
-# `overflow`: the step in which rank 1 overflows; `pause`: [rank, step] at which it stands still for a while; `crash`: the
-# rank that crashes while its process ends.
+# `overflow`: the step in which rank 1 overflows; `pause`: [rank, step] at which it stands still for a while; `crash`:
+# the rank that crashes while its process ends.
 RANK = """
 import atexit, json, os, signal, subprocess, sys, time
 from pathlib import Path
