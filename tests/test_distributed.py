@@ -25,7 +25,7 @@ import pytest
 import runs
 from mindspore import Parameter, Tensor
 
-from skipvit import checkpoint, clutter, config, data, evaluate, log, runtime, train
+from skipvit import checkpoint, clutter, config, data, evaluate, launch, log, runtime, train
 from skipvit.config import UserError
 from skipvit.runtime import Process
 from skipvit.step import Sums
@@ -219,6 +219,7 @@ class Job:
 def closing(ended):
     """The JSON of the last line of standard output, which is the only one."""
     assert ended.code == 0, ended.err
+    assert "was ended by" not in ended.err or launch.numbers_ranks_by_registration(), "only 2.0.0 crashes as it ends"
     lines = [line for line in ended.out.splitlines() if line.startswith("{")]
     assert lines == ended.out.splitlines()[-1:]
     return json.loads(lines[0])
@@ -505,7 +506,7 @@ def test_an_overflow_on_one_rank_is_skipped_on_all(odd_rank, lab):
 def test_a_rank_that_crashes_when_it_is_done_has_not_failed(odd_rank, jobs):
     assert odd_rank.code == 0, odd_rank.err
     assert jobs.step("odd rank") == STEPS
-    assert "rank 1 (server node_0, device 1) was ended by SIGSEGV when its work was done and saved" in odd_rank.err
+    assert "rank 1 (server node_0, device 1) was ended by SIGSEGV when it was done" in odd_rank.err
     assert log.DONE not in odd_rank.err
 
 

@@ -421,9 +421,31 @@ print(f"rank {{rank}} has finished")"""
     code, out, error = start(part).end()
     assert (code, out) == (0, "rank 0 has finished\n")
     assert error.splitlines()[-1] == (
-        "run_distribute_train: rank 1 (server 127.0.0.1, device 1) was ended by SIGSEGV when its work was done and "
-        "saved; nothing is lost"
+        "run_distribute_train: rank 1 (server 127.0.0.1, device 1) was ended by SIGSEGV when it was done, which is "
+        "no failure"
     )
+
+
+def test_a_rank_that_hangs_when_it_is_done(start):
+    """It has not failed either, and its device is wanted: it is killed."""
+    part = f"""
+print("a result")
+print({log.DONE!r}, file=sys.stderr, flush=True)
+if rank == 1:
+    time.sleep(1000)"""
+    code, out, error = start(part, STOP_GRACE="1").end()
+    assert (code, out) == (0, "a result\n")
+    assert error.splitlines()[-1] == (
+        "run_distribute_train: rank 1 (server 127.0.0.1, device 1) did not end when it was done and was killed, which "
+        "is no failure"
+    )
+
+
+@pytest.mark.parametrize(("how", "code"), [("kill -SEGV $$", 0), ("exit 139", 0), ("exit 3", 3)])
+def test_last_words_count_though_they_are_heard_after_the_end(tmp_path, how, code):
+    child = launch.Child("rank 0", ["sh", "-c", f"echo '{log.DONE}' >&2; {how}"], os.environ, tmp_path / "log")
+    child.process.wait()
+    assert child.poll() == code
 
 
 def test_ranks_that_do_not_listen_are_killed(start):

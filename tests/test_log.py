@@ -100,6 +100,7 @@ def test_ctrl_c_is_no_error(capsys):
 # Stands in for MindSpore until the signal is there, then for the real one.
 SLOW_IMPORT = """
 import signal, sys, time
+from pathlib import Path
 
 here = Path(__file__).parent
 (here / "importing").touch()
@@ -120,13 +121,15 @@ def test_ctrl_c_while_a_command_imports_what_it_needs_is_no_error(tmp_path):
         env=runs.environment(PYTHONPATH=f"{tmp_path}:{runs.ROOT / 'src'}"),
         text=True,
     )
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "importing").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=60) == ("", "")
-    assert process.returncode == 130
+    try:
+        while not (tmp_path / "importing").exists():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=60) == ("", "")
+        assert process.returncode == 130
+    finally:
+        process.kill()
 
 
 def test_no_log_is_written_where_no_run_had_begun(tmp_path, monkeypatch):

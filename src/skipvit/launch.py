@@ -19,7 +19,7 @@ SIGTERM are passed on once (SIGHUP as SIGTERM), ranks then have a grace period t
 fails brings all others down; whatever is left of the process tree is killed, also when it has left its session
 (PR_SET_CHILD_SUBREAPER), and ranks die with a launcher that is itself killed (PR_SET_PDEATHSIG). A failure on another
 server shows here when HCCL gives up waiting (HCCL_EXEC_TIMEOUT). A rank that is done says so (``log.DONE``): where
-MindSpore crashes while the process ends, as 2.0.0 was seen to, the training has not failed.
+MindSpore crashes or hangs while the process ends, as 2.0.0 was seen to crash, the training has not failed.
 
 No part of this has run on an NPU. The starts on CPU are tested on MindSpore 2.0.0 and 2.10.0.
 """
@@ -334,9 +334,9 @@ class Child:
 
     Attributes:
         name: How messages call it.
-        exit_code: None while it runs, 128 + n when signal n ended it.
+        exit_code: None while it runs, 128 + n when signal n ended it (0 where it was done).
         has_begun: Whether it has said something on standard output, which bad input keeps it from.
-        is_done: Whether it has said ``log.DONE``: a signal that ends it from then on is no failure.
+        is_done: Whether it has said ``log.DONE``: a crash from then on is no failure.
     """
 
     def __init__(
@@ -374,9 +374,9 @@ class Child:
         code = self.process.poll()
         if self.exit_code is None and code is not None:
             self.exit_code = code if code >= 0 else 128 - code
-            self.copy()  # its last words: no more than a pipe holds
-            if self.is_done and code < 0:
-                _say(f"{self.name} {self.how_it_ended()} when its work was done and saved; nothing is lost")
+            self.copy()  # its last words
+            if self.is_done and self.exit_code > 128:
+                _say(f"{self.name} {self.how_it_ended()} when it was done, which is no failure")
                 self.exit_code = 0
         return self.exit_code
 
@@ -520,6 +520,7 @@ class Supervisor:
         self._one_by_one = False
         self._signal: int | None = None
         self._odd_since: float | None = None
+        self._done_since: float | None = None
         # Once ranks were told to end: when they are killed, and which had failed of themselves by then.
         self._deadline: float | None = None
         self._failed: list[Child] = []
@@ -548,7 +549,7 @@ class Supervisor:
     def run(self, plans: Sequence[RankPlan], command: Sequence[str]) -> None:
         """Start the ranks in order and wait until they and all below them have ended; for the first time or again."""
         self.ranks, self._failed = [], []
-        self._odd_since = self._deadline = None
+        self._odd_since = self._done_since = self._deadline = None
         waiting = deque(plans)
         while waiting or any(rank.exit_code is None for rank in self.ranks):
             if self._deadline is None:
@@ -557,12 +558,18 @@ class Supervisor:
                 waiting.clear()
                 if time.monotonic() > self._deadline:
                     break
+            elif self._only_their_end_is_left():
+                break
             elif waiting and self._may_start_another():
                 self._start_rank(waiting.popleft(), command)
             self._copy_output()
             for child in self._children():
                 child.poll()
         self._kill_everything()  # those that did not end of themselves keep no exit code
+        for rank in self.ranks:
+            if rank.exit_code is None and rank.is_done:
+                _say(f"{rank.name} did not end when it was done and was killed, which is no failure")
+                rank.exit_code = 0
         while sum(child.copy() for child in self._children()):
             pass
 
@@ -572,6 +579,15 @@ class Supervisor:
             return False
         begun = any(rank.has_begun for rank in self.ranks)
         return not begun and GAVE_A_RANK_UP.search(self.scheduler.printed()) is not None
+
+    def _only_their_end_is_left(self) -> bool:
+        """Whether all ranks that still run were done so long ago that they hang."""
+        running = [rank for rank in self.ranks if rank.exit_code is None]
+        if not running or not all(rank.is_done for rank in running):
+            return False
+        now = time.monotonic()
+        self._done_since = self._done_since or now
+        return now > self._done_since + self.stop_grace
 
     def _may_start_another(self) -> bool:
         if not self._one_by_one or self.scheduler is None:
@@ -593,6 +609,8 @@ class Supervisor:
         now = time.monotonic()
         failed = [rank for rank in self.ranks if rank.exit_code]
         scheduler_gone = self.scheduler is not None and self.scheduler.exit_code is not None
+        if any(rank.is_done for rank in self.ranks):
+            scheduler_gone = False  # ranks no longer need each other; it gives those up that crashed as they ended
         if self._signal is None:
             if not failed and not scheduler_gone:
                 return

@@ -23,7 +23,7 @@ from skipvit.config import UserError
 
 EVENTS_FLUSHED_SECONDS = 1.0
 LOG, METRICS = "train.log", "metrics.jsonl"
-# A rank's last line on standard error, for the launcher: whatever becomes of its process, its work is saved.
+# What a rank says on standard error at last, for the launcher: whatever becomes of its process, its work is done.
 DONE = "skipvit: this rank is done"
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)  # of the disk, not of the program
 PATH_ERRORS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP)  # of what the user gave
