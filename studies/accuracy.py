@@ -159,7 +159,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     # As fast, from smaller images on, so that there is more time for larger ones.
     "random_growing_from_16": {
         "skip": span(3, 11, 0.45, "random"),
-        "phases": phases((0.32, {"image_size": 16}), (0.39, {"image_size": 24}), (0.29, {"image_size": 40})),
+        "phases": phases((0.3, {"image_size": 16}), (0.4, {"image_size": 24}), (0.3, {"image_size": 40})),
     },
     "random_growing_in_steps": {
         "skip": span(3, 11, 0.45, "random"),
