@@ -121,9 +121,11 @@ def test_ctrl_c_while_a_command_imports_what_it_needs_is_no_error(tmp_path):
         env=runs.environment(PYTHONPATH=f"{tmp_path}:{runs.ROOT / 'src'}"),
         text=True,
     )
+    deadline = time.monotonic() + 60
     try:
         while not (tmp_path / "importing").exists():
             assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         assert process.communicate(timeout=60) == ("", "")

@@ -519,11 +519,6 @@ class Supervisor:
         self.scheduler: Child | None = None
         self._one_by_one = False
         self._signal: int | None = None
-        self._odd_since: float | None = None
-        self._done_since: float | None = None
-        # Once ranks were told to end: when they are killed, and which had failed of themselves by then.
-        self._deadline: float | None = None
-        self._failed: list[Child] = []
 
     def __enter__(self) -> Supervisor:
         """Take signals, and what our descendants leave behind."""
@@ -548,8 +543,12 @@ class Supervisor:
 
     def run(self, plans: Sequence[RankPlan], command: Sequence[str]) -> None:
         """Start the ranks in order and wait until they and all below them have ended; for the first time or again."""
-        self.ranks, self._failed = [], []
-        self._odd_since = self._done_since = self._deadline = None
+        self.ranks = []
+        self._odd_since: float | None = None
+        self._done_since: float | None = None
+        # Once ranks were told to end: when they are killed, and which had failed of themselves by then.
+        self._deadline: float | None = None
+        self._failed: list[Child] = []
         waiting = deque(plans)
         while waiting or any(rank.exit_code is None for rank in self.ranks):
             if self._deadline is None:
